@@ -1,0 +1,39 @@
+"""[engine]: the epoch loop of one protected server, on both sides."""
+
+from oslo_config import cfg
+
+GROUP = "engine"
+
+OPTS = [
+    cfg.FloatOpt(
+        "epoch_ms", default=20.0, min=1.0, max=1000.0,
+        help="Milliseconds from the end of one checkpoint to the start of the next. "
+             "A reply waits for about half of it, plus the pause and the backup's acknowledgement."),
+    cfg.FloatOpt(
+        "hold_limit_ms", default=1000.0, min=100.0,
+        help="Watchdog: the kernel kills the process of a server that keeps its guest paused for longer. "
+             "QEMU then lets the guest run on by itself."),
+    cfg.FloatOpt(
+        "beat_ms", default=100.0, min=10.0,
+        help="Milliseconds between two heartbeats on the synchronisation connection."),
+    cfg.IntOpt(
+        "beat_misses", default=3, min=2,
+        help="Heartbeats in a row that must be missing before the backup asks the arbiter for the pair."),
+    cfg.FloatOpt(
+        "ack_limit_ms", default=500.0, min=50.0,
+        help="How long the primary waits for an acknowledgement, its output held, before it asks the "
+             "arbiter to go on without its backup."),
+    cfg.IntOpt(
+        "live_passes", default=8, min=1,
+        help="Most passes over RAM before the first pause."),
+    cfg.IntOpt(
+        "live_rest_pages", default=1024, min=1,
+        help="The first pause is taken as soon as a pass leaves no more than this number of dirty pages."),
+    cfg.IntOpt(
+        "frame_limit_bytes", default=16 << 20, min=1 << 16, max=1 << 28,
+        help="Longest frame that is accepted or sent."),
+]
+
+
+def register(conf: cfg.ConfigOpts) -> None:
+    conf.register_opts(OPTS, group=GROUP)

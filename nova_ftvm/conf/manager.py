@@ -1,0 +1,40 @@
+"""[manager] and [service_auth]: the failover manager."""
+
+from keystoneauth1 import loading
+from oslo_config import cfg
+
+GROUP = "manager"
+AUTH_GROUP = "service_auth"
+
+OPTS = [
+    cfg.FloatOpt(
+        "reconcile_interval_s", default=5.0, min=0.5,
+        help="Seconds between two full comparisons of Nova's servers with the pairs. "
+             "Notifications only make the manager look earlier."),
+    cfg.FloatOpt(
+        "agent_down_s", default=10.0, min=1.0,
+        help="An agent that has not reported for so long is taken for down."),
+    cfg.FloatOpt(
+        "step_timeout_s", default=120.0, min=1.0,
+        help="Longest time for one step of the catch-up with Nova after a promotion, and for a backup server to become ACTIVE."),
+    cfg.FloatOpt(
+        "retry_s", default=2.0, min=0.1,
+        help="Pause before a failed step is tried again."),
+    cfg.StrOpt(
+        "notification_topic", default="ftvm_notifications",
+        help="Topic of Nova's versioned notifications that only this manager consumes. "
+             "Add it to nova.conf: [notifications] versioned_notifications_topics."),
+]
+
+
+def register(conf: cfg.ConfigOpts) -> None:
+    conf.register_opts(OPTS, group=GROUP)
+    loading.register_auth_conf_options(conf, AUTH_GROUP)
+    loading.register_session_conf_options(conf, AUTH_GROUP)
+    loading.register_adapter_conf_options(conf, AUTH_GROUP)
+
+
+def auth_opts() -> list[cfg.Opt]:
+    """Every option of [service_auth], for the sample configuration."""
+    return [*loading.get_auth_common_conf_options(), *loading.get_auth_plugin_conf_options("password"),
+            *loading.get_session_conf_options(), *loading.get_adapter_conf_options()]

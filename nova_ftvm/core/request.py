@@ -1,0 +1,89 @@
+"""Is fault tolerance asked for, and can this server have it? One place, for driver and manager alike.
+
+PURE. A refusal never stops a server from booting: it runs as an ordinary one, and `ft:reason` says why.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+METADATA_KEY = "ft"
+STATE_KEY = "ft:state"
+REASON_KEY = "ft:reason"
+EXTRA_SPEC_KEY = "ftvm:enabled"
+
+_WORDS = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
+
+#: Extra specs and image properties that put guest state where no checkpoint reaches it.
+_REFUSED_SPECS = {
+    "hw:mem_page_size": "huge pages",
+    "pci_passthrough:alias": "a passed-through device",
+    "resources:VGPU": "a virtual GPU",
+    "hw:vif_multiqueue_enabled": "multiqueue interfaces",
+    "hw:mem_encryption": "encrypted memory",
+    "hw:boot_from_volume": "a boot volume",
+}
+_REFUSED_IMAGE_PROPERTIES = {
+    "hw_mem_page_size": "huge pages",
+    "hw_vif_multiqueue_enabled": "multiqueue interfaces",
+    "hw_mem_encryption": "encrypted memory",
+}
+_SMALL_PAGES = {"any", "small", "4", "4KB", "4096"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Request:
+    """What the server's owner asked for."""
+
+    wanted: bool
+    #: Why the wish cannot be read, in one sentence; empty when it can.
+    refusal: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shape:
+    """What protection has to know about a server; gathered from Nova by the caller."""
+
+    extra_specs: Mapping[str, str]
+    image_properties: Mapping[str, str]
+    has_image: bool
+    volumes: int
+    #: binding:vnic_type of each port.
+    vnic_types: Sequence[str]
+
+
+def read(metadata: Mapping[str, str], extra_specs: Mapping[str, str]) -> Request:
+    """Reads the wish from the server's metadata and the flavor's extra specs."""
+    answers: dict[str, bool] = {}
+    for origin, value in (("the property ft", metadata.get(METADATA_KEY)),
+                          (f"the flavor's {EXTRA_SPEC_KEY}", extra_specs.get(EXTRA_SPEC_KEY))):
+        if value is None:
+            continue
+        word = _WORDS.get(value.strip().lower())
+        if word is None:
+            return Request(False, f"{origin} is {value[:40]!r}: set it to 'true' or 'false'")
+        answers[origin] = word
+    if len(set(answers.values())) > 1:
+        said = " and ".join(f"{origin} says {str(word).lower()}" for origin, word in answers.items())
+        return Request(False, f"{said}: make both agree, or unset the property ft")
+    return Request(any(answers.values()))
+
+
+def obstacle(shape: Shape) -> str:
+    """Returns why such a server cannot be protected, in one sentence; '' when it can."""
+    if not shape.has_image or shape.volumes:
+        return "the server uses volumes, which are not replicated: create it from an image, without volumes"
+    for found, table, origin in ((shape.extra_specs, _REFUSED_SPECS, "flavor"),
+                                 (shape.image_properties, _REFUSED_IMAGE_PROPERTIES, "image")):
+        for key, what in table.items():
+            value = found.get(key)
+            if value is None or value.strip().lower() in ("false", "no", "0"):
+                continue
+            if key.endswith("mem_page_size") and value in _SMALL_PAGES:
+                continue
+            return f"{what} ({key} of the {origin}) cannot be checkpointed: use a {origin} without it"
+    if shape.image_properties.get("hw_firmware_type", "bios").lower() == "uefi":
+        return "UEFI variables are not replicated yet: use an image with hw_firmware_type=bios"
+    for vnic_type in shape.vnic_types:
+        if vnic_type != "normal":
+            return f"a port of type {vnic_type} bypasses QEMU: use ports of type normal"
+    return ""

@@ -1,0 +1,109 @@
+"""What the manager answers. Callers: agents, and the driver in nova-compute."""
+
+from typing import Any, Protocol, TypedDict
+
+import oslo_messaging
+
+from nova_ftvm.rpc import common
+from nova_ftvm.types import Generation, Grant, InstanceId, PairId
+
+
+class StandbyPlan(TypedDict):
+    """All that a backup's host needs to make the standby domain."""
+
+    pair_id: str
+    instance_id: str
+    generation: int
+    primary_host: str
+    #: The primary's live domain XML (VIR_DOMAIN_XML_MIGRATABLE).
+    domain_xml: str
+    #: Neutron's answer to the inactive binding on the backup's host, one a port:
+    #: {"port_id", "vif_type", "vif_details", "vnic_type", "profile"}.
+    bindings: list[dict[str, Any]]
+
+
+class Adoption(TypedDict):
+    """May this host take the running domain of the server for its own?"""
+
+    adopt: bool
+    pair_id: str | None
+    generation: int
+
+
+class ManagerApi(Protocol):
+    """The manager's methods, as the RPC server exposes them (each also takes `context` first)."""
+
+    def agent_report(self, host: str, report: dict[str, Any]) -> dict[str, Any]:
+        """A compute host's sign of life, every [agent]report_interval_s.
+
+        report: {"capable": bool, "reason": str, "data_address": str, "engines": [{"pair_id", "instance_id",
+        "role", "generation", "state"}]}. Answer: {"stale": [pair ids whose engine must be fenced]}.
+        """
+
+    def request_promotion(self, pair_id: str, generation: int, host: str, evidence: str) -> dict[str, Any]:
+        """The backup asks for the pair. Answer: a Grant as dict. The backup may resume only when granted.
+        evidence: one sentence, e.g. 'no heartbeat for 320 ms'."""
+
+    def request_degrade(self, pair_id: str, generation: int, host: str, reason: str) -> dict[str, Any]:
+        """The primary asks to go on alone. Answer: a Grant as dict. It may release its output only when granted."""
+
+    def report_protection(self, pair_id: str, generation: int, host: str, state: str, detail: str) -> dict[str, Any]:
+        """The primary's engine tells: state is 'syncing' (detail: percent), 'protected' or 'failed' (detail: why).
+        Answer: a Grant; not granted means that the generation is over."""
+
+    def report_promoted(self, pair_id: str, generation: int, host: str, timeline: dict[str, float],
+                        failure: str) -> dict[str, Any]:
+        """The backup's engine tells that the guest runs here (failure == ''), or that it could not be resumed.
+        timeline: wall-clock seconds: {"detected_at", "granted_at", "running_at"}."""
+
+    def standby_plan(self, backup_id: str, host: str) -> "StandbyPlan | None":
+        """The driver, spawning a server of the service project: is it a backup, and of what? None: it is not."""
+
+    def standby_ready(self, pair_id: str, generation: int, host: str, failure: str) -> dict[str, Any]:
+        """The driver: the standby domain is there, paused (failure == ''); or why it could not be made."""
+
+    def disarm(self, instance_id: str, reason: str) -> dict[str, Any]:
+        """A planned end (stop, delete, reboot, detach...). After the answer {"disarmed": True} no backup can be promoted."""
+
+    def adoption(self, instance_id: str, host: str) -> Adoption:
+        """The driver, rebuilding an evacuated server: was it promoted on this host?"""
+
+
+class ManagerClient:
+    """The callers' side of ManagerApi."""
+
+    def __init__(self, transport: oslo_messaging.Transport, timeout_s: float = 5.0) -> None:
+        self._client = common.Client(transport, common.MANAGER_TOPIC, timeout_s)
+
+    def agent_report(self, host: str, report: dict[str, Any]) -> dict[str, Any]:
+        return self._client.call("agent_report", host=host, report=report)
+
+    def request_promotion(self, pair_id: PairId, generation: Generation, host: str, evidence: str) -> Grant:
+        return self._grant("request_promotion", pair_id=pair_id, generation=generation, host=host, evidence=evidence)
+
+    def request_degrade(self, pair_id: PairId, generation: Generation, host: str, reason: str) -> Grant:
+        return self._grant("request_degrade", pair_id=pair_id, generation=generation, host=host, reason=reason)
+
+    def report_protection(self, pair_id: PairId, generation: Generation, host: str, state: str, detail: str) -> Grant:
+        return self._grant("report_protection", pair_id=pair_id, generation=generation, host=host,
+                           state=state, detail=detail)
+
+    def report_promoted(self, pair_id: PairId, generation: Generation, host: str, timeline: dict[str, float],
+                        failure: str = "") -> Grant:
+        return self._grant("report_promoted", pair_id=pair_id, generation=generation, host=host,
+                           timeline=timeline, failure=failure)
+
+    def standby_plan(self, backup_id: str, host: str) -> StandbyPlan | None:
+        return self._client.call("standby_plan", backup_id=backup_id, host=host)
+
+    def standby_ready(self, pair_id: PairId, generation: Generation, host: str, failure: str = "") -> Grant:
+        return self._grant("standby_ready", pair_id=pair_id, generation=generation, host=host, failure=failure)
+
+    def disarm(self, instance_id: InstanceId, reason: str) -> bool:
+        return self._client.call("disarm", instance_id=instance_id, reason=reason)["disarmed"]
+
+    def adoption(self, instance_id: InstanceId, host: str) -> Adoption:
+        return self._client.call("adoption", instance_id=instance_id, host=host)
+
+    def _grant(self, method: str, **arguments: Any) -> Grant:
+        return Grant(**self._client.call(method, **arguments))
