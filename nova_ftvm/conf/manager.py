@@ -16,10 +16,35 @@ OPTS = [
         help="An agent that has not reported for so long is taken for down."),
     cfg.FloatOpt(
         "step_timeout_s", default=120.0, min=1.0,
-        help="Longest time for one step of the catch-up with Nova after a promotion, and for a backup server to become ACTIVE."),
+        help="Longest time for one step of the catch-up with Nova after a promotion, "
+             "and for a backup server to become ACTIVE."),
     cfg.FloatOpt(
         "retry_s", default=2.0, min=0.1,
         help="Pause before a failed step is tried again."),
+    cfg.FloatOpt(
+        "retry_limit_s", default=60.0, min=1.0,
+        help="The pause doubles with each failure in a row, up to this."),
+    cfg.FloatOpt(
+        "settle_s", default=3.0, min=0.0,
+        help="A server whose pair has just ended (a reboot, a failure) is left alone for so long before it is "
+             "protected again."),
+    cfg.FloatOpt(
+        "poll_s", default=0.15, min=0.05,
+        help="Seconds between two looks at Nova while a step waits for it."),
+    cfg.FloatOpt(
+        "fence_answer_s", default=0.5, min=0.1,
+        help="How long, in a failover, the source's agent may take to confirm that the old guest is destroyed. "
+             "Silence does not stop the failover: the old guest's output is held either way."),
+    cfg.BoolOpt(
+        "repair", default=False,
+        help="Make a new backup by itself for a server that runs without one after a failover or a lost backup. "
+             "Without it, unset and set the server's property ft."),
+    cfg.IntOpt(
+        "workers", default=8, min=1, max=64,
+        help="How many pairs are worked on at a time: backups made and removed, failovers followed."),
+    cfg.StrOpt(
+        "notification_exchange", default="nova",
+        help="Exchange of Nova's notifications: nova.conf's [DEFAULT]control_exchange."),
     cfg.StrOpt(
         "notification_topic", default="ftvm_notifications",
         help="Topic of Nova's versioned notifications that only this manager consumes. "
@@ -32,6 +57,8 @@ def register(conf: cfg.ConfigOpts) -> None:
     loading.register_auth_conf_options(conf, AUTH_GROUP)
     loading.register_session_conf_options(conf, AUTH_GROUP)
     loading.register_adapter_conf_options(conf, AUTH_GROUP)
+    # No request may hang: keystoneauth's own default is to wait for ever.
+    conf.set_default("timeout", 30, group=AUTH_GROUP)
 
 
 def auth_opts() -> list[cfg.Opt]:

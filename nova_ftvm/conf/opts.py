@@ -1,10 +1,12 @@
 """Lists of options for oslo-config-generator: one for nova-ftvm.conf, one for nova.conf."""
 
+from collections.abc import Sequence
+
 from oslo_config import cfg
 
 from nova_ftvm.conf import agent, engine, manager, nova, service
 
-Listing = list[tuple[str, list[cfg.Opt]]]
+Listing = list[tuple[str, Sequence[cfg.Opt]]]
 
 
 def list_opts() -> Listing:

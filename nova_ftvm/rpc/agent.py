@@ -24,7 +24,7 @@ class AgentApi(Protocol):
 
     def start_primary(self, pair_id: str, generation: int, instance_id: str, address: str, port: int,
                       token: str) -> dict[str, Any]:
-        """Starts the primary's engine; it reports by report_protection. Answer: {} once the process answers."""
+        """Starts the primary's engine; it reports by report_protection. Answer: {} once the process is up."""
 
     def stop_engine(self, pair_id: str, generation: int, reason: str) -> dict[str, Any]:
         """A planned end: the primary's output is released and its buffers removed, a backup's engine ends and its
@@ -60,12 +60,15 @@ class AgentClient:
         return self._client.call("start_primary", server=host, timeout_s=30.0, pair_id=pair_id, generation=generation,
                                  instance_id=instance_id, address=address, port=port, token=token)
 
-    def stop_engine(self, host: str, pair_id: PairId, generation: Generation, reason: str) -> bool:
-        return self._client.call("stop_engine", server=host, pair_id=pair_id, generation=generation,
-                                 reason=reason)["stopped"]
+    def stop_engine(self, host: str, pair_id: PairId, generation: Generation, reason: str,
+                    timeout_s: float | None = None) -> bool:
+        return self._client.call("stop_engine", server=host, timeout_s=timeout_s, pair_id=pair_id,
+                                 generation=generation, reason=reason)["stopped"]
 
-    def fence(self, host: str, pair_id: PairId, generation: Generation, instance_id: InstanceId) -> None:
-        self._client.call("fence", server=host, pair_id=pair_id, generation=generation, instance_id=instance_id)
+    def fence(self, host: str, pair_id: PairId, generation: Generation, instance_id: InstanceId,
+              timeout_s: float | None = None) -> None:
+        self._client.call("fence", server=host, timeout_s=timeout_s, pair_id=pair_id, generation=generation,
+                          instance_id=instance_id)
 
     def discard_standby(self, host: str, instance_id: InstanceId) -> bool:
         return self._client.call("discard_standby", server=host, instance_id=instance_id)["discarded"]

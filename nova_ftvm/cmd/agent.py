@@ -1,0 +1,117 @@
+"""nova-ftvm-agent: one a compute host, as root. Joins configuration, probe, RPC server and the agent."""
+
+import dataclasses
+import glob
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+import oslo_messaging
+from oslo_config import cfg
+from oslo_log import log
+from oslo_service import backend
+
+from nova_ftvm.cmd.engine import Order
+from nova_ftvm.conf import agent as agent_conf
+from nova_ftvm.conf import engine as engine_conf
+from nova_ftvm.conf import service as service_conf
+from nova_ftvm.engine.agent import Agent
+from nova_ftvm.exception import FtvmError
+from nova_ftvm.host import guests, probe, process
+from nova_ftvm.rpc import common
+from nova_ftvm.rpc.manager import ManagerClient
+from nova_ftvm.types import Generation, Role
+
+LOG = log.getLogger(__name__)
+
+#: An answer of the arbiter is waited for no longer; the engine then asks again.
+_RPC_TIMEOUT_S = 3.0
+
+
+def configure(arguments: list[str]) -> cfg.ConfigOpts:
+    """Options of the agent, from --config-file and the usual places."""
+    conf = cfg.ConfigOpts()
+    for group in (service_conf, agent_conf, engine_conf):
+        group.register(conf)
+    log.register_options(conf)
+    conf(arguments, project="nova-ftvm")
+    log.setup(conf, "nova-ftvm-agent")
+    return conf
+
+
+class EngineFactory:
+    """Starts engines with this host's settings."""
+
+    def __init__(self, conf: cfg.ConfigOpts, qemu_owner: tuple[int, int]) -> None:
+        self._conf = conf
+        self._owner = qemu_owner
+
+    def __call__(self, request: dict[str, Any]) -> process.EngineProcess:
+        """request: the fields of Order that belong to the pair."""
+        folder = os.path.join(self._conf.agent.runtime_dir, request["instance_id"])
+        engine = self._conf.engine
+        order = Order(
+            role=Role(request["role"]), pair_id=request["pair_id"], generation=Generation(request["generation"]),
+            instance_id=request["instance_id"], token=request["token"], folder=folder,
+            libvirt_uri=self._conf.agent.libvirt_uri, address=request["address"], port=request["port"],
+            qemu_owner=self._owner, **{option.name: engine[option.name] for option in engine_conf.OPTS})
+        return process.start(dataclasses.asdict(order), os.path.join(folder, f"{order.role.value}.log"),
+                             order.path(f"{order.role.value}.ctl"), self._conf.agent.engine_start_timeout_s)
+
+
+def surviving_engines(runtime_dir: str) -> list[process.EngineProcess]:
+    """Engines that the last agent left running."""
+    found = []
+    for path in glob.glob(os.path.join(runtime_dir, "*", "*.ctl")):
+        try:
+            found.append(process.EngineProcess(path, 0.0))
+        except process.EngineLost:
+            os.unlink(path)
+    return found
+
+
+def main() -> int:
+    backend.init_backend(backend.BackendType.THREADING)
+    conf = configure(sys.argv[1:])
+    missing = probe.missing()
+    try:
+        qemu_owner = guests.owner(conf.agent.qemu_user)
+    except FtvmError as error:
+        missing.append(str(error))
+        qemu_owner = (0, 0)
+    for sentence in missing:
+        LOG.error("this host cannot protect servers: %s", sentence)
+    transport = common.transport(conf)
+    agent = Agent(conf.host, conf.agent.data_address, missing, ManagerClient(transport, _RPC_TIMEOUT_S),
+                  guests.Guests(conf.agent.runtime_dir, qemu_owner, conf.agent.libvirt_uri),
+                  EngineFactory(conf, qemu_owner))
+    agent.adopt_engines(list(surviving_engines(conf.agent.runtime_dir)))
+    server = oslo_messaging.get_rpc_server(
+        transport, oslo_messaging.Target(exchange=common.EXCHANGE, topic=common.AGENT_TOPIC, server=conf.host,
+                                         version=common.VERSION), [agent])
+    server.start()
+    LOG.info("agent of %s is up", conf.host)
+    try:
+        report_until_told(agent, conf.agent.report_interval_s)
+    finally:
+        server.stop()
+        server.wait()
+    return 0
+
+
+def report_until_told(agent: Agent, interval_s: float) -> None:
+    """Reports until SIGTERM or SIGINT. Engines run on."""
+    told = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: told.set())
+    while not told.wait(interval_s):
+        try:
+            agent.report()
+        except common.Failed as error:
+            LOG.warning("the manager does not answer: %s", error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""nova-ftvm-engine: the process of one protected guest, on one side. Started by the agent only.
+
+Reads one JSON object from its standard input (`Order`), joins the ports and runs the engine until it is over.
+Exit status: 0 ended as decided, 3 promoted, 1 failed (the log and the last report say why).
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+import time
+from typing import Any
+
+from nova_ftvm import ports
+from nova_ftvm.core import wire
+from nova_ftvm.core.epoch import EpochLoop, Pace
+from nova_ftvm.core.lease import Lease
+from nova_ftvm.engine import link as links
+from nova_ftvm.engine.backup import BackupEngine
+from nova_ftvm.engine.capture import Conversation
+from nova_ftvm.engine.primary import PrimaryEngine
+from nova_ftvm.engine.stats import EpochLog
+from nova_ftvm.exception import FtvmError
+from nova_ftvm.host import qmp
+from nova_ftvm.host.control import ControlServer
+from nova_ftvm.host.gate import Gate
+from nova_ftvm.host.libvirt import Host, StandbyDomain
+from nova_ftvm.host.memory import GuestMemory, TrackedMemory, ram_blocks
+from nova_ftvm.host.netbuf import OutputBuffers, interfaces
+from nova_ftvm.host.watchdog import Watchdog
+from nova_ftvm.types import Generation, Role
+
+LOG = logging.getLogger(__name__)
+
+ENDED, FAILED, PROMOTED = 0, 1, 3
+
+#: How long the process stays after its end, for an agent that has not read the last report.
+_FAREWELL_S = 60.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Order:
+    """What the agent asks for. Times are in the units of the option of the same name."""
+
+    role: Role
+    pair_id: str
+    generation: Generation
+    instance_id: str
+    token: str
+    #: The server's runtime folder: monitor.sock is in it, all else is made in it.
+    folder: str
+    libvirt_uri: str
+    #: Backup: where to listen. Primary: the backup's agent.
+    address: str
+    port: int
+    qemu_owner: tuple[int, int]
+    epoch_ms: float
+    hold_limit_ms: float
+    beat_ms: float
+    beat_misses: int
+    ack_limit_ms: float
+    live_passes: int
+    live_rest_pages: int
+    frame_limit_bytes: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Order":
+        fields: dict[str, Any] = json.loads(text)
+        fields["role"] = Role(fields["role"])
+        fields["qemu_owner"] = tuple(fields["qemu_owner"])
+        return cls(**fields)
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+
+def main() -> int:
+    order = Order.parse(sys.stdin.readline())
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO,
+        format=f"%(asctime)s.%(msecs)03d %(levelname)s {order.role.value} {order.pair_id} g{order.generation} "
+               "%(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    control = ControlServer(order.path(f"{order.role.value}.ctl"), {
+        "role": order.role.value, "pair_id": order.pair_id, "generation": order.generation,
+        "instance_id": order.instance_id})
+    try:
+        return run_primary(order, control) if order.role is Role.PRIMARY else run_backup(order, control)
+    except FtvmError as error:
+        LOG.error("%s", error)
+        control.report("failed", reason=str(error))
+        return FAILED
+    except Exception:
+        LOG.exception("the engine failed")
+        control.report("failed", reason="the engine failed: see its log")
+        return FAILED
+    finally:
+        control.farewell(_FAREWELL_S)
+        control.close()
+
+
+def run_primary(order: Order, control: ControlServer) -> int:
+    """The primary's side: connect first, so that a guest is not touched for a backup that is not there."""
+    monitor = qmp.Monitor(order.path("monitor.sock"))
+    blocks = ram_blocks(monitor)
+    hello = wire.Hello(order.pair_id, machine_type(monitor), tuple(blocks), "")
+    link = links.dial(order.address, order.port, order.generation, hello, order.token, order.frame_limit_bytes)
+    pidfd = qmp.pidfd_of(monitor)
+    memory = TrackedMemory(monitor.pid, pidfd, blocks)
+    buffers = OutputBuffers(monitor, interfaces(monitor))
+    gate = Gate(order.path("state.fifo"), order.qemu_owner)
+    save = qmp.encode("xen-save-devices-state", {"filename": gate.path, "live": False}, "save")
+    pace = Pace(epoch_s=order.epoch_ms / 1000, ack_limit_s=order.ack_limit_ms / 1000, beat_s=order.beat_ms / 1000,
+                live_passes=order.live_passes, live_rest_pages=order.live_rest_pages)
+    engine = PrimaryEngine(
+        generation=order.generation, loop=EpochLoop(pace, time.monotonic()), memory=memory,
+        talk=Conversation(monitor, gate, buffers, save), monitor=monitor, gate=gate, buffers=buffers, link=link,
+        control=control, pidfd=pidfd, watchdog=Watchdog(order.hold_limit_ms / 1000),
+        stats=EpochLog(order.path("epochs.jsonl")), frame_limit=order.frame_limit_bytes)
+    control.report("started")
+    phase = engine.run()
+    control.report("ended", phase=phase.name.lower())
+    return ENDED
+
+
+def run_backup(order: Order, control: ControlServer, domain: ports.Domain | None = None) -> int:
+    """The backup's side. The standby's RAM is made zero first: pages that are zero on the primary never come."""
+    domain = domain or StandbyDomain(Host(order.libvirt_uri), order.instance_id)
+    monitor = qmp.Monitor(order.path("monitor.sock"))
+    blocks = ram_blocks(monitor)
+    memory = GuestMemory(monitor.pid, blocks)
+    memory.clear()
+    listener = links.listen(order.address)
+    lease = Lease(order.generation, order.beat_ms * order.beat_misses / 1000, time.monotonic())
+    engine = BackupEngine(
+        generation=order.generation, token=order.token,
+        expected=wire.Hello(order.pair_id, machine_type(monitor), tuple(blocks), ""), memory=memory, monitor=monitor,
+        domain=domain, listener=listener, control=control,
+        pidfd=qmp.pidfd_of(monitor), lease=lease, beat_s=order.beat_ms / 1000, frame_limit=order.frame_limit_bytes,
+        stream_path=order.path("incoming.sock"))
+    control.report("listening", port=listener.getsockname()[1])
+    if engine.run():
+        return PROMOTED
+    control.report("ended", phase="given up")
+    return ENDED
+
+
+def machine_type(monitor: qmp.Monitor) -> str:
+    """The versioned machine type, e.g. pc-i440fx-10.0."""
+    return str(monitor.command("qom-get", path="/machine", property="type")).removesuffix("-machine")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

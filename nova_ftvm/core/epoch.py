@@ -1,0 +1,258 @@
+"""The primary's epoch loop as a state machine. PURE: events and the time in, actions out, to be done in their order.
+
+                       +--------------------------------------------------+
+                       v                                                  |
+    COPYING --> STOPPING --> CAPTURED --> DRAINING --> UNACKNOWLEDGED --> RUNNING
+     (live)      (batch      (RAM copied,  (gate open)   (shipped; guest    (released)
+                  sent)       gate shut)                  runs, output held)
+    any of them, the peer lost --> HOLDING --grant--> ALONE
+                                      +----refusal--> FENCED
+
+One epoch is in flight at most. Output leaves in `Release` and in `Unbuffer` only: after the epoch's acknowledgement,
+by the arbiter's grant, or at a planned end.
+Source: Remus (Cully et al., NSDI 2008), asynchronous output commit.
+"""
+
+import dataclasses
+import enum
+
+from nova_ftvm.types import Epoch, Grant
+
+#: Seconds until an unanswered question to the arbiter is asked again.
+ASK_AGAIN_S = 0.5
+#: Silence of the backup that ends the first copy. Nothing is held yet, so there is no hurry.
+COPY_SILENCE_S = 5.0
+
+
+class Phase(enum.Enum):
+    COPYING = "copying RAM while the guest runs"
+    STOPPING = "waiting for the guest to stop"
+    CAPTURED = "RAM copied, waiting for the device state"
+    DRAINING = "reading the device state"
+    UNACKNOWLEDGED = "waiting for the backup's acknowledgement"
+    RUNNING = "between checkpoints"
+    HOLDING = "holding output, waiting for the arbiter"
+    ALONE = "running without a backup"
+    FENCED = "over: another side speaks"
+    ENDED = "ended as planned"
+
+
+#: Between the batch and the guest's restart: whatever happens, the checkpoint is finished first.
+PAUSED = frozenset({Phase.STOPPING, Phase.CAPTURED, Phase.DRAINING})
+OVER = frozenset({Phase.ALONE, Phase.FENCED, Phase.ENDED})
+
+
+class Act(enum.Enum):
+    #: Install the output buffers, BEFORE the first checkpoint.
+    BUFFER = enum.auto()
+    #: Send the batch: barrier, then save.
+    CHECKPOINT = enum.auto()
+    #: Copy the written pages; the guest is stopped. Done twice an epoch: QEMU drains its disks in between.
+    CAPTURE = enum.auto()
+    #: Let QEMU write its device state, AFTER the second capture: the guest starts when all is read.
+    OPEN_GATE = enum.auto()
+    #: Send the epoch to the backup.
+    SHIP = enum.auto()
+    #: Let the output of the acknowledged epoch go.
+    RELEASE = enum.auto()
+    #: Let all output go and take the buffers away.
+    UNBUFFER = enum.auto()
+    #: Ask the arbiter to go on alone.
+    ASK = enum.auto()
+    #: Say that the pair's RAM and devices are on the backup for the first time.
+    REPORT_PROTECTED = enum.auto()
+    #: Tell the backup that this is a planned end.
+    SAY_BYE = enum.auto()
+    #: Stop the guest for good, its output unreleased.
+    FENCE = enum.auto()
+    #: Tell the backup that QEMU ended by itself.
+    SAY_GUEST_GONE = enum.auto()
+    #: A sign of life.
+    BEAT = enum.auto()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pace:
+    """The loop's settings, in seconds and pages."""
+
+    epoch_s: float
+    ack_limit_s: float
+    beat_s: float
+    live_passes: int
+    live_rest_pages: int
+
+
+Acts = tuple[Act, ...]
+
+
+class EpochLoop:
+    """The decisions of one primary engine. Every method returns what to do, in order."""
+
+    def __init__(self, pace: Pace, now: float) -> None:
+        self._pace = pace
+        self.phase = Phase.COPYING
+        #: The epoch in flight, or the last one.
+        self.epoch = Epoch(0)
+        #: Why the peer is lost, or why the protection ends; for people.
+        self.reason = ""
+        self._passes = 0
+        self._next_checkpoint = now
+        self._ack_deadline = now
+        self._next_ask = now
+        self._next_beat = now
+        self._heard = now
+        self._stop_asked = False
+        self._guest_runs = True
+
+    # Time
+
+    def tick(self, now: float) -> Acts:
+        acts: list[Act] = []
+        if self.phase is Phase.RUNNING and self._guest_runs and now >= self._next_checkpoint:
+            acts += self._checkpoint()
+        elif self.phase is Phase.UNACKNOWLEDGED and now >= self._ack_deadline:
+            acts += self._lose(f"no acknowledgement within {self._pace.ack_limit_s * 1000:.0f} ms", now)
+        elif self.phase is Phase.COPYING and now >= self._heard + COPY_SILENCE_S:
+            acts += self._lose(f"nothing heard of the backup for {COPY_SILENCE_S:g} s", now)
+        elif self.phase is Phase.HOLDING and now >= self._next_ask:
+            acts += self._ask(now)
+        if self.phase not in OVER and self.phase is not Phase.HOLDING and now >= self._next_beat:
+            self._next_beat = now + self._pace.beat_s
+            acts.append(Act.BEAT)
+        return tuple(acts)
+
+    def next_tick(self) -> float:
+        """When `tick` has something to do, unless an event comes first."""
+        if self.phase is Phase.RUNNING and self._guest_runs:
+            return min(self._next_checkpoint, self._next_beat)
+        if self.phase is Phase.UNACKNOWLEDGED:
+            return min(self._ack_deadline, self._next_beat)
+        return self._next_ask if self.phase is Phase.HOLDING else self._next_beat
+
+    # The checkpoint
+
+    def on_heard(self, now: float) -> None:
+        """Any frame of the backup."""
+        self._heard = now
+
+    def on_live_pass(self, pages: int) -> Acts:
+        """A pass of so many pages over RAM was sent. () means: one more, over what was written meanwhile."""
+        if self.phase is not Phase.COPYING:
+            return ()
+        self._passes += 1
+        if pages > self._pace.live_rest_pages and self._passes < self._pace.live_passes:
+            return ()
+        return (Act.BUFFER, *self._checkpoint())
+
+    def on_paused(self, paused: bool) -> None:
+        """Somebody else stopped the guest, or started it: one that stands still needs no checkpoint."""
+        self._guest_runs = not paused
+
+    def on_stopped(self) -> Acts:
+        """QEMU's STOP event."""
+        if self.phase is not Phase.STOPPING:
+            return ()
+        self.phase = Phase.CAPTURED
+        return (Act.CAPTURE,)
+
+    def on_state_begins(self) -> Acts:
+        """The first bytes of the device state are in the gate: QEMU's disks are drained."""
+        if self.phase is not Phase.CAPTURED:
+            return ()
+        self.phase = Phase.DRAINING
+        return (Act.CAPTURE, Act.OPEN_GATE)
+
+    def on_resumed(self, now: float) -> Acts:
+        """The device state is whole and the guest runs."""
+        if self.phase is not Phase.DRAINING:
+            return ()
+        self._next_checkpoint = now + self._pace.epoch_s
+        if self._stop_asked:
+            return self._end()
+        if self.reason:
+            return self._hold(now)
+        self.phase = Phase.UNACKNOWLEDGED
+        self._ack_deadline = now + self._pace.ack_limit_s
+        return (Act.SHIP,)
+
+    def on_checkpoint_failed(self, why: str, now: float) -> Acts:
+        """QEMU refused or broke off the save; the guest runs, and what was captured is of no use."""
+        if self._stop_asked:
+            return self._end()
+        self.phase = Phase.HOLDING
+        return self._lose(why, now)
+
+    def on_ack(self, epoch: Epoch) -> Acts:
+        """The backup has applied the epoch, whole. An answer to anything else changes nothing."""
+        if self.phase is not Phase.UNACKNOWLEDGED or epoch != self.epoch:
+            return ()
+        self.phase = Phase.RUNNING
+        return (Act.RELEASE, Act.REPORT_PROTECTED) if epoch == 1 else (Act.RELEASE,)
+
+    # The pair
+
+    def on_peer_lost(self, why: str, now: float) -> Acts:
+        if self.phase in OVER or self.phase is Phase.HOLDING:
+            return ()
+        return self._lose(why, now)
+
+    def on_grant(self, grant: Grant) -> Acts:
+        """The arbiter's answer to ASK. No answer is no event: output stays held."""
+        if self.phase is not Phase.HOLDING:
+            return ()
+        if grant.granted:
+            self.phase = Phase.ALONE
+            return (Act.UNBUFFER,)
+        return self.on_fence(grant.reason)
+
+    def on_fence(self, why: str) -> Acts:
+        """The generation is over."""
+        if self.phase in OVER:
+            return ()
+        self.phase, self.reason = Phase.FENCED, why
+        return (Act.FENCE,)
+
+    def on_stop(self, why: str) -> Acts:
+        """A planned end: the pair is disarmed already."""
+        if self.phase in OVER:
+            return ()
+        self.reason = self.reason or why
+        if self.phase in PAUSED:
+            self._stop_asked = True
+            return ()
+        return self._end()
+
+    def on_guest_shutdown(self) -> Acts:
+        """The guest, or the host's operator, ended the guest: a planned end. What is held stays unsaid."""
+        if self.phase in OVER:
+            return ()
+        self.phase, self.reason = Phase.ENDED, "the guest was shut down"
+        return (Act.SAY_BYE,)
+
+    def on_guest_gone(self) -> Acts:
+        """QEMU ended without a word."""
+        if self.phase in OVER:
+            return ()
+        self.phase, self.reason = Phase.ENDED, "QEMU ended"
+        return (Act.SAY_GUEST_GONE,)
+
+    def _checkpoint(self) -> Acts:
+        self.phase = Phase.STOPPING
+        self.epoch = Epoch(self.epoch + 1)
+        return (Act.CHECKPOINT,)
+
+    def _lose(self, why: str, now: float) -> Acts:
+        self.reason = self.reason or why
+        return () if self.phase in PAUSED else self._hold(now)
+
+    def _hold(self, now: float) -> Acts:
+        self.phase = Phase.HOLDING
+        return self._ask(now)
+
+    def _ask(self, now: float) -> Acts:
+        self._next_ask = now + ASK_AGAIN_S
+        return (Act.ASK,)
+
+    def _end(self) -> Acts:
+        self.phase = Phase.ENDED
+        return (Act.SAY_BYE, Act.UNBUFFER)

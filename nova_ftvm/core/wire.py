@@ -1,0 +1,221 @@
+"""The synchronisation connection's frames. PURE: bytes in, frames out; no socket, no clock.
+
+    0       4    5    6       8            16           24       28       32
+    | magic |ver |kind| zero  | generation |   epoch    | length | crc32  | payload ...
+      FTVM    1    u8   u16      u64           u64         u32      u32      length bytes      (big endian)
+
+crc32 covers the first 28 bytes and the payload. A frame that is too long, of another version, damaged, or of
+another generation raises, and the decoder gives nothing more: the connection must be closed.
+
+    backup                                    primary
+      | CHALLENGE  32 random bytes        ->     |
+      |     <- HELLO  JSON: pair, machine, blocks, proof = HMAC-SHA256(token, challenge)
+      | WELCOME                           ->     |
+      |     <- PRELOAD ...  pages copied while the guest runs; no epoch yet
+      |     <- PAGES ... DEVICE ... COMMIT       |   one epoch; whole at COMMIT
+      | ACK (epoch)                       ->     |   only AFTER the epoch is applied
+      | BEAT                             <->     |   a sign of life
+      |     <- GUEST_GONE  QEMU ended by itself  |
+      |     <- BYE  a planned end                |
+
+PRELOAD and PAGES:  block u16 | zero u16 | runs u32 | runs x (first page u32, pages u32) little endian | contents
+COMMIT:             frames u32 | pages u64
+"""
+
+import dataclasses
+import enum
+import hashlib
+import hmac
+import json
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from nova_ftvm.core import dirty
+from nova_ftvm.exception import ProtocolError, StaleGeneration
+from nova_ftvm.types import PAGE, Epoch, Generation, RamBlock
+
+VERSION = 1
+CHALLENGE_BYTES = 32
+#: Longest frame that is read from a peer that has not proved itself yet.
+GREETING_LIMIT = 1 << 16
+
+_MAGIC = b"FTVM"
+_HEADER = struct.Struct(">4sBBHQQI")
+_CRC = struct.Struct(">I")
+_PAGES = struct.Struct(">HHI")
+_COMMIT = struct.Struct(">IQ")
+HEADER_BYTES = _HEADER.size + _CRC.size
+
+Buffer = bytes | memoryview
+
+
+class Kind(enum.IntEnum):
+    CHALLENGE = 1
+    HELLO = 2
+    WELCOME = 3
+    PRELOAD = 4
+    PAGES = 5
+    DEVICE = 6
+    COMMIT = 7
+    ACK = 8
+    BEAT = 9
+    GUEST_GONE = 10
+    BYE = 11
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Frame:
+    kind: Kind
+    generation: Generation
+    epoch: Epoch
+    payload: Buffer = b""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hello:
+    """What the primary says of itself."""
+
+    pair_id: str
+    machine: str
+    #: Names and sizes; the index is the frames' block number.
+    blocks: tuple[RamBlock, ...]
+    proof: str
+
+
+def encode(kind: Kind, generation: Generation, epoch: Epoch = Epoch(0), payload: Sequence[Buffer] = ()) -> list[Buffer]:
+    """A frame as buffers to be sent in order, without copying the payload."""
+    header = _HEADER.pack(_MAGIC, VERSION, kind, 0, generation, epoch, sum(len(part) for part in payload))
+    crc = zlib.crc32(header)
+    for part in payload:
+        crc = zlib.crc32(part, crc)
+    return [header + _CRC.pack(crc), *payload]
+
+
+def encode_pages(kind: Kind, generation: Generation, epoch: Epoch, pages: dirty.Pages,
+                 limit: int) -> Iterator[list[Buffer]]:
+    """PRELOAD or PAGES frames, each no longer than `limit`."""
+    # A run costs 8 bytes beside its pages, so a frame of one-page runs is the longest.
+    most_pages = (limit - HEADER_BYTES - _PAGES.size) // (PAGE + 8)
+    done = 0
+    contents = pages.contents.data
+    for runs in dirty.split(pages.runs, most_pages):
+        length = dirty.count(runs) * PAGE
+        meta = _PAGES.pack(pages.block, 0, len(runs)) + runs.astype("<u4").tobytes()
+        yield encode(kind, generation, epoch, (meta, contents[done:done + length]))
+        done += length
+
+
+def decode_pages(frame: Frame, blocks: Sequence[RamBlock]) -> dirty.Pages:
+    """The pages of a PRELOAD or PAGES frame, checked against the table of blocks; contents are not copied."""
+    try:
+        block, _, number = _PAGES.unpack_from(frame.payload)
+        runs = np.frombuffer(frame.payload, "<u4", 2 * number, _PAGES.size).reshape(-1, 2)
+        contents = np.frombuffer(frame.payload, np.uint8, offset=_PAGES.size + runs.nbytes)
+    except (struct.error, ValueError) as error:
+        raise ProtocolError(f"a {frame.kind.name} frame is cut short") from error
+    if block >= len(blocks):
+        raise ProtocolError(f"a {frame.kind.name} frame names RAM block {block} of {len(blocks)}")
+    if dirty.count(runs) * PAGE != len(contents):
+        raise ProtocolError(f"a {frame.kind.name} frame's contents do not fit its runs")
+    if len(runs) and int((runs[:, 0].astype(np.int64) + runs[:, 1]).max()) > blocks[block].pages:
+        raise ProtocolError(f"a {frame.kind.name} frame leaves RAM block {blocks[block].name}")
+    return dirty.Pages(block, runs, contents)
+
+
+def encode_commit(generation: Generation, epoch: Epoch, frames: int, pages: int) -> list[Buffer]:
+    return encode(Kind.COMMIT, generation, epoch, (_COMMIT.pack(frames, pages),))
+
+
+def decode_commit(frame: Frame) -> tuple[int, int]:
+    """(frames, pages) of the epoch."""
+    if len(frame.payload) != _COMMIT.size:
+        raise ProtocolError("a COMMIT frame of a wrong length")
+    frames, pages = _COMMIT.unpack(frame.payload)
+    return frames, pages
+
+
+def prove(token: str, challenge: bytes) -> str:
+    """The answer to a challenge: who knows the pair's token."""
+    return hmac.new(token.encode(), challenge, hashlib.sha256).hexdigest()
+
+
+def encode_hello(generation: Generation, hello: Hello) -> list[Buffer]:
+    body = {"pair_id": hello.pair_id, "machine": hello.machine, "proof": hello.proof,
+            "blocks": [[block.name, block.size] for block in hello.blocks]}
+    return encode(Kind.HELLO, generation, payload=(json.dumps(body).encode(),))
+
+
+def decode_hello(frame: Frame, token: str, challenge: bytes) -> Hello:
+    """Raises ProtocolError unless the peer knows the token."""
+    if frame.kind is not Kind.HELLO:
+        raise ProtocolError(f"{frame.kind.name} instead of HELLO")
+    try:
+        body: dict[str, Any] = json.loads(bytes(frame.payload))
+        hello = Hello(str(body["pair_id"]), str(body["machine"]),
+                      tuple(RamBlock(str(name), int(size)) for name, size in body["blocks"]), str(body["proof"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ProtocolError("a HELLO that cannot be read") from error
+    if not hmac.compare_digest(hello.proof, prove(token, challenge)):
+        raise ProtocolError("the peer does not know the pair's token")
+    return hello
+
+
+class Decoder:
+    """Bytes of one connection to frames. After an error it stays broken: close the connection."""
+
+    def __init__(self, generation: Generation, limit: int) -> None:
+        self._generation = generation
+        self.limit = limit
+        self._buffer = bytearray()
+        self._broken: ProtocolError | None = None
+
+    def feed(self, received: Buffer) -> list[Frame]:
+        """The frames that `received` completes, in order."""
+        if self._broken:
+            raise self._broken
+        self._buffer += received
+        frames = []
+        try:
+            while (frame := self._next()) is not None:
+                frames.append(frame)
+        except ProtocolError as error:
+            self._broken = error
+            self._buffer.clear()
+            if not frames:
+                raise
+        return frames
+
+    def finish(self) -> None:
+        """The connection ended; raises ProtocolError when it ended within a frame, or was broken before."""
+        if self._broken:
+            raise self._broken
+        if self._buffer:
+            raise ProtocolError("the connection ended within a frame")
+
+    def _next(self) -> Frame | None:
+        if len(self._buffer) < HEADER_BYTES:
+            return None
+        magic, version, kind, zero, generation, epoch, length = _HEADER.unpack_from(self._buffer)
+        if magic != _MAGIC:
+            raise ProtocolError("not a frame of this protocol")
+        if version != VERSION:
+            raise ProtocolError(f"a frame of version {version}; this side speaks {VERSION}: upgrade both agents")
+        if HEADER_BYTES + length > self.limit:
+            raise ProtocolError(f"a frame of {HEADER_BYTES + length} bytes; the limit is {self.limit}")
+        if len(self._buffer) < HEADER_BYTES + length:
+            return None
+        (crc,) = _CRC.unpack_from(self._buffer, _HEADER.size)
+        with memoryview(self._buffer) as view:
+            payload = bytes(view[HEADER_BYTES:HEADER_BYTES + length])
+            if zlib.crc32(payload, zlib.crc32(view[:_HEADER.size])) != crc:
+                raise ProtocolError("a damaged frame")
+        if zero or kind not in Kind.__members__.values():
+            raise ProtocolError(f"a frame of unknown kind {kind}")
+        if generation != self._generation:
+            raise StaleGeneration(generation, self._generation)
+        del self._buffer[:HEADER_BYTES + length]
+        return Frame(Kind(kind), Generation(generation), Epoch(epoch), payload)

@@ -1,0 +1,338 @@
+"""The compute host's agent: starts and ends engines, carries their questions to the arbiter and its answers back.
+
+Implements rpc.agent.AgentApi. Never decides who may speak: it asks, and while there is no answer everything stays held.
+It may be restarted at any time: engines outlive it and are found again (`adopt_engines`).
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from nova_ftvm.exception import FtvmError
+from nova_ftvm.rpc.common import Failed
+from nova_ftvm.rpc.manager import ManagerClient
+from nova_ftvm.types import Generation, Grant, InstanceId, PairId, Role
+
+LOG = logging.getLogger(__name__)
+
+Report = dict[str, Any]
+
+#: Seconds between two tries to reach the manager with something that must not be forgotten.
+_RETRY_S = 0.5
+#: How long a planned end may take before the engine is killed.
+_STOP_LIMIT_S = 5.0
+_LISTEN_LIMIT_S = 15.0
+
+
+class Engine(Protocol):
+    """host.process.EngineProcess."""
+
+    role: str
+    pair_id: str
+    generation: int
+    instance_id: str
+
+    def listen(self, on_report: "Callable[[Any, Report], None]") -> None: ...
+
+    def order(self, what: str, **facts: Any) -> None: ...
+
+    def wait(self, timeout_s: float) -> bool: ...
+
+    def kill(self) -> None: ...
+
+
+class Guests(Protocol):
+    """What the agent does to domains; host.guests.Guests."""
+
+    def folder(self, instance_id: str) -> str: ...
+
+    def make_folder(self, instance_id: str) -> str: ...
+
+    def live_xml(self, instance_id: str) -> str: ...
+
+    def has_monitor(self, instance_id: str, domain_xml: str) -> bool: ...
+
+    def destroy(self, instance_id: str) -> bool: ...
+
+    def is_standby(self, instance_id: str) -> bool: ...
+
+    def unbuffer(self, instance_id: str) -> None: ...
+
+
+class _Watched:
+    """An engine and what it said last."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.state = "starting"
+        self.port = 0
+        self.listening = threading.Event()
+        self.promoted = False
+        self.protected = False
+        #: It said how it ended, so its going is no surprise.
+        self.ended = False
+        self.failure = ""
+
+
+class Agent:
+    """One host's engines. Methods named in AgentApi are called by RPC threads, `_on_report` by readers' threads."""
+
+    def __init__(self, host: str, data_address: str, missing: list[str], manager: ManagerClient, guests: Guests,
+                 start_engine: Callable[[dict[str, Any]], Engine],
+                 sleep: Callable[[float], None] = time.sleep) -> None:
+        """`start_engine` takes role, pair_id, generation, instance_id, token, address, port."""
+        self._host = host
+        self._data_address = data_address
+        self._missing = missing
+        self._manager = manager
+        self._guests = guests
+        self._start_engine = start_engine
+        self._sleep = sleep
+        self._lock = threading.Lock()
+        self._engines: dict[tuple[str, str], _Watched] = {}
+
+    # AgentApi
+
+    def prepare_domain(self, context: Any, instance_id: str) -> dict[str, Any]:
+        if self._missing:
+            return {"monitor": "", "capable": False, "reason": "; ".join(self._missing)}
+        return {"monitor": os.path.join(self._guests.make_folder(instance_id), "monitor.sock"), "capable": True,
+                "reason": ""}
+
+    def describe_domain(self, context: Any, instance_id: str) -> dict[str, Any]:
+        try:
+            domain_xml = self._guests.live_xml(instance_id)
+        except FtvmError as error:
+            return {"domain_xml": "", "armed": False, "reason": str(error)}
+        armed = self._guests.has_monitor(instance_id, domain_xml)
+        return {"domain_xml": domain_xml, "armed": armed,
+                "reason": "" if armed else "the server was started without fault tolerance: hard-reboot it"}
+
+    def start_backup(self, context: Any, pair_id: str, generation: int, instance_id: str, token: str) -> dict[str, Any]:
+        watched = self._start(Role.BACKUP, pair_id, generation, instance_id, token, self._data_address, 0)
+        if not watched.listening.wait(_LISTEN_LIMIT_S):
+            watched.engine.kill()
+            raise FtvmError(watched.failure or f"the backup's engine was not ready within {_LISTEN_LIMIT_S:g} s")
+        return {"address": self._data_address, "port": watched.port}
+
+    def start_primary(self, context: Any, pair_id: str, generation: int, instance_id: str, address: str, port: int,
+                      token: str) -> dict[str, Any]:
+        self._start(Role.PRIMARY, pair_id, generation, instance_id, token, address, port)
+        return {}
+
+    def stop_engine(self, context: Any, pair_id: str, generation: int, reason: str) -> dict[str, Any]:
+        stopped = True
+        for role in Role:
+            watched = self._engines.get((pair_id, role.value))
+            if watched is None:
+                continue
+            if watched.promoted:
+                stopped = False
+                continue
+            self._stop(watched, reason)
+        return {"stopped": stopped}
+
+    def fence(self, context: Any, pair_id: str, generation: int, instance_id: str) -> dict[str, Any]:
+        watched = self._engines.get((pair_id, Role.PRIMARY.value))
+        if watched is not None:
+            watched.ended = True
+            watched.engine.order("fence", reason=f"generation {generation} is over")
+        self._guests.destroy(instance_id)
+        return {}
+
+    def discard_standby(self, context: Any, instance_id: str) -> dict[str, Any]:
+        for watched in list(self._engines.values()):
+            if watched.engine.instance_id == instance_id and watched.engine.role == Role.BACKUP:
+                if watched.promoted:
+                    return {"discarded": False}
+                self._stop(watched, "the backup server is deleted")
+        # A standby that was never promoted waits for its stream; whatever runs, or is paused, is the guest itself.
+        if not self._guests.is_standby(instance_id):
+            return {"discarded": False}
+        return {"discarded": self._guests.destroy(instance_id)}
+
+    # Its own life
+
+    def adopt_engines(self, engines: list[Engine]) -> None:
+        """Takes engines over that outlived the last agent; their last report comes again."""
+        for engine in engines:
+            LOG.info("found the %s engine of pair %s again", engine.role, engine.pair_id)
+            self._watch(engine)
+
+    def report(self) -> None:
+        """One sign of life. Raises rpc.common.Failed."""
+        with self._lock:
+            engines = [{"pair_id": w.engine.pair_id, "instance_id": w.engine.instance_id, "role": w.engine.role,
+                        "generation": w.engine.generation, "state": w.state} for w in self._engines.values()]
+        answer = self._manager.agent_report(self._host, {
+            "capable": not self._missing, "reason": "; ".join(self._missing), "data_address": self._data_address,
+            "engines": engines})
+        for pair_id in answer.get("stale", ()):
+            self._end_stale(pair_id)
+
+    def _end_stale(self, pair_id: str) -> None:
+        primary = self._engines.get((pair_id, Role.PRIMARY.value))
+        if primary is not None:
+            LOG.warning("pair %s: generation %d is over, the guest here is fenced", pair_id, primary.engine.generation)
+            primary.engine.order("fence", reason="the generation is over")
+        backup = self._engines.get((pair_id, Role.BACKUP.value))
+        if backup is not None and not backup.promoted:
+            self._stop(backup, "the generation is over")
+
+    def _start(self, role: Role, pair_id: str, generation: int, instance_id: str, token: str, address: str,
+               port: int) -> _Watched:
+        old = self._engines.get((pair_id, role.value))
+        if old is not None:
+            if old.engine.generation == generation:
+                return old
+            self._stop(old, f"generation {generation} begins")
+        LOG.info("pair %s: starting the %s engine of generation %d, server %s", pair_id, role, generation, instance_id)
+        return self._watch(self._start_engine({
+            "role": role.value, "pair_id": pair_id, "generation": generation, "instance_id": instance_id,
+            "token": token, "address": address, "port": port}))
+
+    def _watch(self, engine: Engine) -> _Watched:
+        watched = _Watched(engine)
+        with self._lock:
+            self._engines[engine.pair_id, engine.role] = watched
+        engine.listen(lambda _engine, report: self._on_report(watched, report))
+        return watched
+
+    def _stop(self, watched: _Watched, reason: str) -> None:
+        """A planned end, of a pair that is disarmed."""
+        watched.ended = True
+        watched.engine.order("stop", reason=reason)
+        if not watched.engine.wait(_STOP_LIMIT_S):
+            LOG.warning("pair %s: the %s engine did not end, it is killed", watched.engine.pair_id, watched.engine.role)
+            watched.engine.kill()
+            if watched.engine.role == Role.PRIMARY:
+                self._unbuffer(watched)
+        if watched.engine.role == Role.BACKUP and not watched.promoted:
+            self._guests.destroy(watched.engine.instance_id)
+
+    # Reports of engines
+
+    def _on_report(self, watched: _Watched, report: Report) -> None:
+        event = report["event"]
+        watched.state = event if event != "gone" else watched.state
+        handler = getattr(self, f"_on_{event}", None)
+        if handler is not None:
+            handler(watched, report)
+
+    def _on_listening(self, watched: _Watched, report: Report) -> None:
+        watched.port = report["port"]
+        watched.listening.set()
+
+    def _on_syncing(self, watched: _Watched, report: Report) -> None:
+        try:
+            self._protection(watched, "syncing", str(report["percent"]))
+        except Failed as error:
+            LOG.debug("progress of pair %s was not told: %s", watched.engine.pair_id, error)
+
+    def _on_protected(self, watched: _Watched, report: Report) -> None:
+        watched.protected = True
+        grant = self._insist(lambda: self._protection(watched, "protected", ""))
+        if not grant.granted:
+            watched.engine.order("fence" if grant.generation > watched.engine.generation else "stop",
+                                 reason=grant.reason)
+
+    def _on_ask_degrade(self, watched: _Watched, report: Report) -> None:
+        self._ask(watched, lambda: self._manager.request_degrade(*self._voice(watched), report["reason"]))
+
+    def _on_ask_promotion(self, watched: _Watched, report: Report) -> None:
+        self._ask(watched, lambda: self._manager.request_promotion(*self._voice(watched), report["evidence"]))
+
+    def _on_promoted(self, watched: _Watched, report: Report) -> None:
+        watched.promoted = watched.ended = True
+        LOG.info("pair %s: the guest runs here", watched.engine.pair_id)
+        self._insist(lambda: self._manager.report_promoted(*self._voice(watched), report["timeline"]))
+        watched.engine.order("seen")
+
+    def _on_fenced(self, watched: _Watched, report: Report) -> None:
+        LOG.warning("pair %s: fenced: %s", watched.engine.pair_id, report["reason"])
+        self._guests.destroy(watched.engine.instance_id)
+        watched.ended = True
+
+    def _on_guest_shutdown(self, watched: _Watched, report: Report) -> None:
+        watched.ended = True
+        self._insist(lambda: self._manager.disarm(InstanceId(watched.engine.instance_id), "the guest was shut down"))
+
+    def _on_ended(self, watched: _Watched, report: Report) -> None:
+        watched.ended = True
+        watched.engine.order("seen")
+        if watched.engine.role == Role.BACKUP:
+            self._guests.destroy(watched.engine.instance_id)
+
+    def _on_failed(self, watched: _Watched, report: Report) -> None:
+        """The engine could not go on. What that means is settled when it is gone."""
+        watched.failure = report["reason"]
+        LOG.error("pair %s: the %s engine failed: %s", watched.engine.pair_id, watched.engine.role, watched.failure)
+        watched.engine.order("seen")
+
+    def _on_gone(self, watched: _Watched, report: Report) -> None:
+        with self._lock:
+            key = (watched.engine.pair_id, watched.engine.role)
+            if self._engines.get(key) is watched:
+                del self._engines[key]
+        if watched.ended:
+            return
+        reason = watched.failure or f"the {watched.engine.role} engine died"
+        LOG.error("pair %s: %s", watched.engine.pair_id, reason)
+        if watched.engine.role == Role.BACKUP:
+            self._lose_backup(watched, reason)
+        elif watched.protected:
+            self._go_on_alone(watched, reason)
+        else:
+            self._insist(lambda: self._protection(watched, "failed", reason))
+            self._unbuffer(watched)
+
+    def _lose_backup(self, watched: _Watched, reason: str) -> None:
+        """The primary notices by itself. A standby that was granted the pair, and failed, must be told of."""
+        if watched.state in ("ask_promotion", "failed"):
+            self._insist(lambda: self._manager.report_promoted(*self._voice(watched), {}, reason))
+        if self._guests.is_standby(watched.engine.instance_id):
+            self._guests.destroy(watched.engine.instance_id)
+
+    def _go_on_alone(self, watched: _Watched, reason: str) -> None:
+        """The guest's output is held by QEMU, and nobody is left to release it: ask in the engine's place."""
+        grant = self._insist(lambda: self._manager.request_degrade(*self._voice(watched), reason))
+        if grant.granted:
+            self._unbuffer(watched)
+        else:
+            LOG.warning("pair %s: fenced: %s", watched.engine.pair_id, grant.reason)
+            self._guests.destroy(watched.engine.instance_id)
+
+    def _unbuffer(self, watched: _Watched) -> None:
+        try:
+            self._guests.unbuffer(watched.engine.instance_id)
+        except FtvmError as error:
+            LOG.warning("pair %s: its output could not be released: %s", watched.engine.pair_id, error)
+
+    # The manager
+
+    def _voice(self, watched: _Watched) -> tuple[PairId, Generation, str]:
+        return PairId(watched.engine.pair_id), Generation(watched.engine.generation), self._host
+
+    def _protection(self, watched: _Watched, state: str, detail: str) -> Grant:
+        return self._manager.report_protection(*self._voice(watched), state, detail)
+
+    def _ask(self, watched: _Watched, question: Callable[[], Grant]) -> None:
+        """One question. Without an answer nothing is said: the engine asks again."""
+        try:
+            grant = question()
+        except Failed as error:
+            LOG.warning("pair %s: the manager does not answer: %s", watched.engine.pair_id, error)
+            return
+        watched.engine.order("grant", granted=grant.granted, generation=grant.generation, reason=grant.reason)
+
+    def _insist(self, call: Callable[[], Any]) -> Any:
+        """Calls until the manager answers; for what must not be forgotten."""
+        while True:
+            try:
+                return call()
+            except Failed as error:
+                LOG.warning("the manager does not answer, trying again: %s", error)
+                self._sleep(_RETRY_S)

@@ -1,0 +1,189 @@
+"""The backup's engine: takes epochs, acknowledges them, watches the primary, and promotes when the arbiter says so.
+
+Called by cmd/engine.py with its ports joined; one guest, one thread. It cannot disturb the primary: all that the
+primary waits for is an acknowledgement, and that wait is bounded there. Between epochs it sleeps.
+"""
+
+import logging
+import selectors
+import socket
+import time
+from collections.abc import Callable
+
+from nova_ftvm import ports
+from nova_ftvm.core import stream, wire
+from nova_ftvm.core.lease import Lease, Verdict, Watch
+from nova_ftvm.core.replica import Acknowledge, Replica, Write
+from nova_ftvm.engine import link as links
+from nova_ftvm.engine.faults import Fault, trip
+from nova_ftvm.engine.link import Link, PeerLost
+from nova_ftvm.engine.promote import promote
+from nova_ftvm.exception import FtvmError, GuestGone, ProtocolError
+from nova_ftvm.types import Generation, Grant
+
+LOG = logging.getLogger(__name__)
+
+#: A standby whose primary never comes is not kept.
+_FIRST_CONTACT_S = 60.0
+
+
+class BackupEngine:
+    """One standby. `run()` returns True when it was promoted: the domain is the guest now."""
+
+    def __init__(self, *, generation: Generation, token: str, expected: wire.Hello, memory: ports.WritableMemory,
+                 monitor: ports.Monitor, domain: ports.Domain, listener: socket.socket, control: ports.Control,
+                 pidfd: int, lease: Lease, beat_s: float, frame_limit: int, stream_path: str,
+                 clock: Callable[[], float] = time.monotonic, wall_clock: Callable[[], float] = time.time) -> None:
+        self._generation = generation
+        self._token = token
+        self._expected = expected
+        self._memory = memory
+        self._monitor = monitor
+        self._domain = domain
+        self._listener = listener
+        self._control = control
+        self._lease = lease
+        self._beat_s = beat_s
+        self._limit = frame_limit
+        self._stream_path = stream_path
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._replica = Replica(memory.blocks)
+        self._link: Link | None = None
+        self._next_beat = 0.0
+        self._contact_deadline = clock() + _FIRST_CONTACT_S
+        self._timeline: dict[str, float] = {}
+        self._failure = ""
+        self._promoted = False
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ, self._on_connection)
+        self._selector.register(control, selectors.EVENT_READ, self._on_control)
+        self._selector.register(monitor, selectors.EVENT_READ, self._on_monitor)
+        self._selector.register(pidfd, selectors.EVENT_READ, self._on_standby_gone)
+
+    def run(self) -> bool:
+        while self._lease.watch is not Watch.OVER and not self._failure and not self._promoted:
+            self._turn()
+        if self._failure:
+            self._control.report("failed", reason=self._failure)
+        LOG.info("the backup's part ended: %s", "promoted" if self._promoted else self._failure or "given up")
+        return self._promoted
+
+    def _turn(self) -> None:
+        try:
+            for key, _ in self._selector.select(self._patience()):
+                key.data()
+            self._beat()
+            if self._link is None and self._lease.watch is Watch.SYNCING and self._clock() >= self._contact_deadline:
+                self._failure = f"the primary did not connect within {_FIRST_CONTACT_S:g} s"
+            self._follow(self._lease.tick(self._clock()))
+        except (PeerLost, ProtocolError) as lost:
+            LOG.warning("the primary's connection ended: %s", lost)
+            self._lose_link()
+        except GuestGone as gone:
+            self._failure = f"the standby ended: {gone}"
+
+    def _patience(self) -> float:
+        due = [self._next_beat if self._link else self._contact_deadline]
+        if (silence := self._lease.next_tick()) is not None:
+            due.append(silence)
+        return max(0.0, min(due) - self._clock())
+
+    # Events
+
+    def _on_connection(self) -> None:
+        try:
+            connection, peer = self._listener.accept()
+        except BlockingIOError:
+            return
+        if self._link is not None:
+            LOG.warning("refused a second connection, from %s", peer[0])
+            connection.close()
+            return
+        try:
+            link = links.answer(connection, self._generation, self._token, self._expected, self._limit)
+        except (PeerLost, ProtocolError) as refused:
+            LOG.warning("refused a connection from %s: %s", peer[0], refused)
+            return
+        if self._replica.committed:
+            # A replica's epochs are of one connection; a new one begins with a new generation.
+            LOG.warning("refused a primary that came back, from %s", peer[0])
+            link.close()
+            return
+        self._link = link
+        self._selector.register(link, selectors.EVENT_READ, self._on_link)
+        self._lease.on_heard(self._clock())
+
+    def _on_link(self) -> None:
+        assert self._link is not None
+        self._link.flush()
+        for frame in self._link.receive():
+            self._lease.on_heard(self._clock())
+            if frame.kind is wire.Kind.GUEST_GONE:
+                self._follow(self._lease.on_guest_gone(self._clock()))
+            elif frame.kind is wire.Kind.BYE:
+                self._follow(self._lease.on_bye())
+            elif frame.kind is not wire.Kind.BEAT and not self._promoted:
+                # Also while the arbiter is asked: what is acknowledged before the grant is in the promoted guest.
+                self._take(frame)
+
+    def _take(self, frame: wire.Frame) -> None:
+        for action in self._replica.on_frame(frame):
+            if isinstance(action, Write):
+                trip(Fault.BEFORE_APPLY)
+                for pages in action.pages:
+                    self._memory.write(pages)
+                trip(Fault.APPLIED)
+            elif isinstance(action, Acknowledge) and self._link is not None:
+                self._lease.on_committed()
+                self._link.send_bare(wire.Kind.ACK, action.epoch)
+                # Applying took time in which nothing was read: that was not the primary's silence.
+                self._lease.on_heard(self._clock())
+
+    def _on_control(self) -> None:
+        for order in self._control.orders():
+            if order["do"] == "grant":
+                grant = Grant(order["granted"], Generation(order["generation"]), order["reason"])
+                self._follow(self._lease.on_grant(grant, self._clock()))
+            elif order["do"] == "stop":
+                self._follow(self._lease.on_bye())
+
+    def _on_monitor(self) -> None:
+        self._monitor.receive()
+
+    def _on_standby_gone(self) -> None:
+        raise GuestGone("QEMU exited")
+
+    # Acts
+
+    def _follow(self, verdict: Verdict | None) -> None:
+        if verdict is Verdict.ASK:
+            self._timeline.setdefault("detected_at", self._wall_clock())
+            self._control.report("ask_promotion", evidence=self._lease.evidence)
+        elif verdict is Verdict.PROMOTE:
+            self._promote()
+
+    def _promote(self) -> None:
+        self._timeline["granted_at"] = self._wall_clock()
+        LOG.info("promoting epoch %d: %s", self._replica.committed, self._lease.evidence)
+        try:
+            promote(self._monitor, self._domain, stream.incoming(
+                self._expected.machine, self._memory.blocks, self._replica.device_state), self._stream_path)
+        except FtvmError as failed:
+            self._failure = str(failed)
+            return
+        self._timeline["running_at"] = self._wall_clock()
+        self._promoted = True
+        self._control.report("promoted", timeline=self._timeline)
+
+    def _beat(self) -> None:
+        if self._link is not None and self._clock() >= self._next_beat:
+            self._next_beat = self._clock() + self._beat_s
+            self._link.send_bare(wire.Kind.BEAT)
+
+    def _lose_link(self) -> None:
+        if self._link is not None:
+            self._selector.unregister(self._link)
+            self._link.close()
+            self._link = None
+        self._follow(self._lease.on_peer_lost(self._clock()))

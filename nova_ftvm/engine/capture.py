@@ -1,0 +1,113 @@
+"""One checkpoint's conversation with QEMU: the batch out; STOP, the device state, RESUME and the answers in.
+
+Owns the order in which those are believed. Called by the primary's loop, which decides what each means.
+`xen-save-devices-state`, despite its name plain QEMU, stops a running guest, saves all but RAM, starts it again.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Iterator
+
+from nova_ftvm import ports
+from nova_ftvm.core import dirty
+
+_SAVE = "save"
+
+
+class GuestEvent(enum.Enum):
+    #: The guest stopped for our checkpoint.
+    STOPPED = enum.auto()
+    #: The guest runs again and `Checkpoint.state` is whole.
+    RESUMED = enum.auto()
+    #: The checkpoint is of no use, or output escaped our control. The guest runs.
+    SAVE_FAILED = enum.auto()
+    #: Somebody else stopped the guest, or started it again.
+    PAUSED = enum.auto()
+    UNPAUSED = enum.auto()
+    #: The guest ended itself; QEMU follows.
+    SHUTDOWN = enum.auto()
+
+
+@dataclasses.dataclass(slots=True)
+class Checkpoint:
+    """What one checkpoint brought."""
+
+    pages: list[dirty.Pages] = dataclasses.field(default_factory=list)
+    state: bytearray = dataclasses.field(default_factory=bytearray)
+    stopped_us: int = 0
+    resumed_us: int = 0
+    failure: str = ""
+
+    @property
+    def pause_ms(self) -> float:
+        """From QEMU's STOP event to its RESUME event."""
+        return (self.resumed_us - self.stopped_us) / 1000
+
+    @property
+    def page_count(self) -> int:
+        return sum(pages.count for pages in self.pages)
+
+
+class Conversation:
+    """The checkpoints of one guest, one at a time."""
+
+    def __init__(self, monitor: ports.Monitor, gate: ports.Gate, buffers: ports.NetBuffer, save: bytes) -> None:
+        """`save`: the command, as a QMP line with the id 'save', that writes the device state to the gate."""
+        self._monitor = monitor
+        self._gate = gate
+        self._buffers = buffers
+        self._batch = buffers.barrier + save
+        self._saving = False
+        #: A barrier or a release that failed: output that is not under our control.
+        self._broken = ""
+        self.current = Checkpoint()
+
+    def begin(self) -> None:
+        """Sends the batch: barrier first, then the save, in one write."""
+        self.current = Checkpoint()
+        self._saving = True
+        self._gate.narrow()
+        self._monitor.send(self._batch)
+
+    def read_state(self) -> None:
+        """Takes what is in the gate."""
+        self.current.state += self._gate.drain()
+
+    def release(self) -> None:
+        """Lets the acknowledged output go; the answers come later."""
+        self._monitor.send(self._buffers.release)
+
+    def events(self) -> Iterator[GuestEvent]:
+        """What QEMU said since the last call, in its order."""
+        for message in self._monitor.receive():
+            event = self._event(message) if "event" in message else self._answer(message)
+            if event:
+                yield event
+
+    def _event(self, message: ports.Message) -> GuestEvent | None:
+        name = message["event"]
+        if name == "SHUTDOWN":
+            return GuestEvent.SHUTDOWN
+        if name not in ("STOP", "RESUME"):
+            return None
+        if not self._saving:
+            return GuestEvent.PAUSED if name == "STOP" else GuestEvent.UNPAUSED
+        stamp = message["timestamp"]
+        now_us = stamp["seconds"] * 1_000_000 + stamp["microseconds"]
+        if name == "RESUME":
+            self.current.resumed_us = now_us
+            return None
+        self.current.stopped_us = now_us
+        return GuestEvent.STOPPED
+
+    def _answer(self, message: ports.Message) -> GuestEvent | None:
+        ident = message.get("id")
+        if "error" in message:
+            self._broken = f"QEMU's {ident} failed: {message['error']['desc']}"
+        if ident != _SAVE:
+            return None
+        # QEMU starts the guest before it answers, so RESUME came before, if the guest was running at all.
+        self._saving = False
+        self.read_state()
+        self.current.failure = self._broken
+        return GuestEvent.SAVE_FAILED if self._broken else GuestEvent.RESUMED

@@ -1,0 +1,165 @@
+"""The synchronisation connection: a TCP socket, a queue of frames to send, a decoder for what comes.
+
+Never blocks the epoch loop: what the socket does not take stays queued. Nothing is retried; a connection that
+fails ends (`PeerLost`), and the loop decides what that means.
+"""
+
+import os
+import socket
+import time
+from collections import deque
+
+from nova_ftvm.core import wire
+from nova_ftvm.exception import FtvmError, ProtocolError
+from nova_ftvm.types import Epoch, Generation
+
+_CHUNK = 1 << 20
+#: The kernel's IOV_MAX.
+_MOST_BUFFERS = 1024
+GREETING_TIMEOUT_S = 5.0
+
+
+class PeerLost(FtvmError):
+    """The connection ended."""
+
+
+class Link:
+    """One connection of one generation. Buffers handed to `send` must not change until `idle`."""
+
+    def __init__(self, connection: socket.socket, generation: Generation, limit: int) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setblocking(False)
+        self._socket = connection
+        self._generation = generation
+        self._decoder = wire.Decoder(generation, limit)
+        self._queue: deque[memoryview] = deque()
+        self._early: list[wire.Frame] = []
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    @property
+    def idle(self) -> bool:
+        """Everything is with the kernel."""
+        return not self._queue
+
+    def widen(self, limit: int) -> None:
+        """The peer has proved itself: frames up to `limit` bytes may come."""
+        self._decoder.limit = limit
+
+    def send(self, buffers: list[wire.Buffer]) -> None:
+        """Queues one frame and sends what can be sent now."""
+        self._queue.extend(memoryview(buffer) for buffer in buffers if len(buffer))
+        self.flush()
+
+    def send_bare(self, kind: wire.Kind, epoch: Epoch = Epoch(0)) -> None:
+        """A frame without payload."""
+        self.send(wire.encode(kind, self._generation, epoch))
+
+    def flush(self) -> None:
+        while self._queue:
+            batch = [self._queue[i] for i in range(min(len(self._queue), _MOST_BUFFERS))]
+            try:
+                sent = self._socket.sendmsg(batch)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                raise PeerLost(f"the connection broke: {error.strerror}") from error
+            self._drop(sent)
+
+    def receive(self) -> list[wire.Frame]:
+        """The frames that are whole now. Raises PeerLost when the connection ended, ProtocolError for a bad frame."""
+        try:
+            received = self._socket.recv(_CHUNK)
+        except BlockingIOError:
+            return []
+        except OSError as error:
+            raise PeerLost(f"the connection broke: {error.strerror}") from error
+        if not received:
+            self._decoder.finish()
+            raise PeerLost("the peer closed the connection")
+        frames, self._early = [*self._early, *self._decoder.feed(received)], []
+        return frames
+
+    def await_frame(self, timeout_s: float = GREETING_TIMEOUT_S) -> wire.Frame:
+        """Waits for one frame: the greeting, before the loop runs. What came with it is kept for `receive`."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if frames := self.receive():
+                first, *self._early = frames
+                return first
+            time.sleep(0.001)
+        raise PeerLost(f"no greeting within {timeout_s:g} s")
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _drop(self, sent: int) -> None:
+        while sent:
+            head = self._queue.popleft()
+            if len(head) > sent:
+                self._queue.appendleft(head[sent:])
+                return
+            sent -= len(head)
+
+
+def dial(address: str, port: int, generation: Generation, hello: wire.Hello, token: str, limit: int) -> Link:
+    """The primary's side of the greeting. `hello.proof` is filled in here. Raises PeerLost or ProtocolError."""
+    try:
+        connection = socket.create_connection((address, port), GREETING_TIMEOUT_S)
+    except OSError as error:
+        raise PeerLost(f"the backup's agent at {address}:{port} cannot be reached: {error}") from error
+    link = Link(connection, generation, limit)
+    try:
+        challenge = _expect(link, wire.Kind.CHALLENGE)
+        proof = wire.prove(token, bytes(challenge.payload))
+        link.send(wire.encode_hello(generation, wire.Hello(hello.pair_id, hello.machine, hello.blocks, proof)))
+        _expect(link, wire.Kind.WELCOME)
+    except FtvmError:
+        link.close()
+        raise
+    return link
+
+
+def answer(connection: socket.socket, generation: Generation, token: str, expected: wire.Hello, limit: int) -> Link:
+    """The backup's side of the greeting. Raises ProtocolError for a peer that may not speak, or does not fit."""
+    link = Link(connection, generation, wire.GREETING_LIMIT)
+    try:
+        challenge = os.urandom(wire.CHALLENGE_BYTES)
+        link.send(wire.encode(wire.Kind.CHALLENGE, generation, payload=(challenge,)))
+        hello = wire.decode_hello(link.await_frame(), token, challenge)
+        _check_fit(hello, expected)
+        link.widen(limit)
+        link.send_bare(wire.Kind.WELCOME)
+    except FtvmError:
+        link.close()
+        raise
+    return link
+
+
+def listen(address: str) -> socket.socket:
+    """A listening socket on a port of the kernel's choice."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.create_server((address, 0), family=family, backlog=4)
+    listener.setblocking(False)
+    return listener
+
+
+def _expect(link: Link, kind: wire.Kind) -> wire.Frame:
+    frame = link.await_frame()
+    if frame.kind is not kind:
+        raise ProtocolError(f"{frame.kind.name} instead of {kind.name}")
+    return frame
+
+
+def _check_fit(hello: wire.Hello, expected: wire.Hello) -> None:
+    if hello.pair_id != expected.pair_id:
+        raise ProtocolError(f"the peer belongs to pair {hello.pair_id}")
+    if hello.machine != expected.machine:
+        raise ProtocolError(f"the primary is a {hello.machine}, the standby a {expected.machine}: "
+                            "install the same QEMU on both hosts")
+    ours = {block.name: block.size for block in expected.blocks}
+    theirs = {block.name: block.size for block in hello.blocks}
+    if ours != theirs:
+        differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        raise ProtocolError(f"RAM blocks differ between primary and standby: {', '.join(differing)}")

@@ -1,0 +1,245 @@
+"""The primary's engine: carries out what core/epoch.py decides, for one guest, in one thread.
+
+Called by cmd/engine.py with its ports joined. Never stops the guest but for a checkpoint; if this process dies or
+hangs at any point of it, the gate closes (by the kernel, by the watchdog) and QEMU starts the guest by itself.
+"""
+
+import logging
+import selectors
+import time
+from collections.abc import Callable, Iterator
+
+from nova_ftvm import ports
+from nova_ftvm.core import dirty, wire
+from nova_ftvm.core.epoch import OVER, Act, Acts, EpochLoop, Phase
+from nova_ftvm.engine.capture import Conversation, GuestEvent
+from nova_ftvm.engine.faults import Fault, trip
+from nova_ftvm.engine.link import Link, PeerLost
+from nova_ftvm.engine.livecopy import LiveCopy
+from nova_ftvm.engine.stats import EpochLog
+from nova_ftvm.exception import GuestGone, ProtocolError
+from nova_ftvm.types import Epoch, Generation, Grant
+
+LOG = logging.getLogger(__name__)
+
+
+class PrimaryEngine:
+    """One guest's protection, from the first copy to its end. `run()` returns when the loop is over."""
+
+    def __init__(self, *, generation: Generation, loop: EpochLoop, memory: ports.Memory, talk: Conversation,
+                 monitor: ports.Monitor, gate: ports.Gate, buffers: ports.NetBuffer, link: Link,
+                 control: ports.Control, pidfd: int, watchdog: ports.Watchdog, stats: EpochLog, frame_limit: int,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self._generation = generation
+        self._loop = loop
+        self._memory = memory
+        self._talk = talk
+        self._monitor = monitor
+        self._gate = gate
+        self._buffers = buffers
+        self._link = link
+        self._linked = True
+        self._control = control
+        self._watchdog = watchdog
+        self._stats = stats
+        self._limit = frame_limit
+        self._clock = clock
+        self._copy = LiveCopy(memory)
+        self._pieces: Iterator[dirty.Pages] | None = None
+        self._pass_pages = 0
+        self._told_percent = -1
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(monitor, selectors.EVENT_READ, self._on_monitor)
+        self._selector.register(control, selectors.EVENT_READ, self._on_control)
+        self._selector.register(link, selectors.EVENT_READ, self._on_link)
+        self._selector.register(pidfd, selectors.EVENT_READ, self._on_guest_gone)
+        self._does: dict[Act, Callable[[], None]] = {
+            Act.BUFFER: buffers.install,
+            Act.CHECKPOINT: self._checkpoint,
+            Act.CAPTURE: self._capture,
+            Act.OPEN_GATE: self._open_gate,
+            Act.SHIP: self._ship,
+            Act.RELEASE: self._release,
+            Act.UNBUFFER: buffers.remove,
+            Act.ASK: lambda: self._control.report("ask_degrade", reason=self._loop.reason),
+            Act.REPORT_PROTECTED: lambda: self._control.report("protected"),
+            Act.SAY_BYE: lambda: self._say(wire.Kind.BYE),
+            Act.SAY_GUEST_GONE: lambda: self._say(wire.Kind.GUEST_GONE),
+            Act.FENCE: lambda: self._control.report("fenced", reason=self._loop.reason),
+            Act.BEAT: lambda: self._say(wire.Kind.BEAT),
+        }
+
+    def run(self) -> Phase:
+        """Returns the phase in which the protection ended."""
+        try:
+            while self._loop.phase not in OVER:
+                self._turn()
+        finally:
+            self._watchdog.disarm()
+            self._stats.close()
+        LOG.info("protection ended, %s: %s", self._loop.phase.value, self._loop.reason)
+        return self._loop.phase
+
+    def _turn(self) -> None:
+        try:
+            for key, _ in self._selector.select(self._patience()):
+                key.data()
+            self._do(self._loop.tick(self._clock()))
+            if self._loop.phase is Phase.COPYING and self._link.idle:
+                self._copy_some()
+        except GuestGone as gone:
+            LOG.warning("the guest is gone: %s", gone)
+            self._on_guest_gone()
+        except (PeerLost, ProtocolError) as lost:
+            LOG.warning("the backup is lost: %s", lost)
+            self._lose_link(str(lost))
+
+    def _patience(self) -> float:
+        if self._loop.phase is Phase.COPYING and self._link.idle:
+            return 0.0
+        return max(0.0, self._loop.next_tick() - self._clock())
+
+    def _do(self, acts: Acts) -> None:
+        for act in acts:
+            self._does[act]()
+
+    # Events
+
+    def _on_monitor(self) -> None:
+        for event in self._talk.events():
+            if event is GuestEvent.STOPPED:
+                self._do(self._loop.on_stopped())
+                self._selector.register(self._gate, selectors.EVENT_READ, self._on_gate)
+            elif event is GuestEvent.RESUMED:
+                self._finish_checkpoint()
+                self._do(self._loop.on_resumed(self._clock()))
+            elif event is GuestEvent.SAVE_FAILED:
+                self._finish_checkpoint()
+                self._do(self._loop.on_checkpoint_failed(self._talk.current.failure, self._clock()))
+            elif event is GuestEvent.SHUTDOWN:
+                self._control.report("guest_shutdown")
+                self._do(self._loop.on_guest_shutdown())
+            else:
+                self._loop.on_paused(event is GuestEvent.PAUSED)
+
+    def _on_gate(self) -> None:
+        self._do(self._loop.on_state_begins())
+        self._talk.read_state()
+
+    def _on_link(self) -> None:
+        self._link.flush()
+        for frame in self._link.receive():
+            self._loop.on_heard(self._clock())
+            if frame.kind is wire.Kind.ACK:
+                self._do(self._loop.on_ack(frame.epoch))
+            elif frame.kind is wire.Kind.BYE:
+                raise PeerLost("the backup's agent ended")
+            elif frame.kind is not wire.Kind.BEAT:
+                raise ProtocolError(f"{frame.kind.name} from a backup")
+        self._watch_link()
+
+    def _on_control(self) -> None:
+        for order in self._control.orders():
+            what = order["do"]
+            if what == "grant":
+                grant = Grant(order["granted"], Generation(order["generation"]), order["reason"])
+                self._do(self._loop.on_grant(grant))
+            elif what == "stop":
+                self._do(self._loop.on_stop(order["reason"]))
+            elif what == "fence":
+                self._do(self._loop.on_fence(order["reason"]))
+
+    def _on_guest_gone(self) -> None:
+        try:
+            self._do(self._loop.on_guest_gone())
+        except (PeerLost, ProtocolError) as lost:
+            LOG.warning("the backup was not told: %s", lost)
+
+    # Acts
+
+    def _checkpoint(self) -> None:
+        self._memory.begin_capture()
+        self._stats.began()
+        trip(Fault.BEFORE_BATCH)
+        self._watchdog.arm()
+        self._talk.begin()
+        trip(Fault.BATCH_SENT)
+
+    def _capture(self) -> None:
+        self._talk.current.pages += self._memory.capture()
+        trip(Fault.CAPTURED)
+
+    def _open_gate(self) -> None:
+        self._gate.widen()
+        trip(Fault.GATE_OPEN)
+
+    def _finish_checkpoint(self) -> None:
+        self._watchdog.disarm()
+        if self._gate in self._selector.get_map():
+            self._selector.unregister(self._gate)
+        self._stats.ended(self._talk.current)
+
+    def _ship(self) -> None:
+        epoch, checkpoint = self._loop.epoch, self._talk.current
+        trip(Fault.BEFORE_SHIP)
+        frames = 0
+        for pages in checkpoint.pages:
+            for buffers in wire.encode_pages(wire.Kind.PAGES, self._generation, epoch, pages, self._limit):
+                self._send(buffers)
+                frames += 1
+        trip(Fault.SHIPPED_HALF)
+        room = self._limit - wire.HEADER_BYTES
+        state = memoryview(checkpoint.state)
+        for start in range(0, len(state), room):
+            self._send(wire.encode(wire.Kind.DEVICE, self._generation, epoch, (state[start:start + room],)))
+            frames += 1
+        self._send(wire.encode_commit(self._generation, epoch, frames, checkpoint.page_count))
+        trip(Fault.SHIPPED)
+
+    def _release(self) -> None:
+        trip(Fault.BEFORE_RELEASE)
+        self._talk.release()
+
+    def _copy_some(self) -> None:
+        """Sends a piece of the first copy, or ends a pass."""
+        if self._pieces is None:
+            self._pass_pages = self._copy.start_pass()
+            self._pieces = self._copy.pieces()
+        piece = next(self._pieces, None)
+        if piece is None:
+            self._pieces = None
+            self._do(self._loop.on_live_pass(self._pass_pages))
+            return
+        for buffers in wire.encode_pages(wire.Kind.PRELOAD, self._generation, Epoch(0), piece, self._limit):
+            self._send(buffers)
+        self._tell_percent()
+
+    def _tell_percent(self) -> None:
+        if self._copy.percent >= self._told_percent + 5:
+            self._told_percent = self._copy.percent
+            self._control.report("syncing", percent=self._told_percent)
+
+    # The link
+
+    def _say(self, kind: wire.Kind) -> None:
+        if self._linked:
+            self._link.send_bare(kind, self._loop.epoch)
+            self._watch_link()
+
+    def _send(self, buffers: list[wire.Buffer]) -> None:
+        if self._linked:
+            self._link.send(buffers)
+            self._watch_link()
+
+    def _watch_link(self) -> None:
+        """Wakes up for room in the socket only while something waits for it."""
+        wanted = selectors.EVENT_READ if self._link.idle else selectors.EVENT_READ | selectors.EVENT_WRITE
+        if self._linked and self._selector.get_key(self._link).events != wanted:
+            self._selector.modify(self._link, wanted, self._on_link)
+
+    def _lose_link(self, why: str) -> None:
+        if self._linked:
+            self._linked = False
+            self._selector.unregister(self._link)
+            self._link.close()
+        self._do(self._loop.on_peer_lost(why, self._clock()))

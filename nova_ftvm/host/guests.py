@@ -1,0 +1,82 @@
+"""The guests of this host, by server UUID: runtime folders, domains, monitors. agent.Guests' implementation."""
+
+import os
+import pwd
+from collections.abc import Callable
+from typing import TypeVar
+
+from nova_ftvm.exception import GuestGone, QemuError, Unsupported
+from nova_ftvm.host import qmp
+from nova_ftvm.host.libvirt import Host
+from nova_ftvm.host.netbuf import OutputBuffers, interfaces
+
+MONITOR = "monitor.sock"
+
+Result = TypeVar("Result")
+
+
+def owner(user: str) -> tuple[int, int]:
+    """(uid, gid) of the user that QEMU runs as."""
+    try:
+        entry = pwd.getpwnam(user)
+    except KeyError as error:
+        raise Unsupported(f"there is no user {user}: set [agent]qemu_user to libvirt's qemu.conf's") from error
+    return entry.pw_uid, entry.pw_gid
+
+
+class Guests:
+    """Runtime folders lie below `runtime_dir`, one a server, and belong to QEMU's user: QEMU makes sockets there."""
+
+    def __init__(self, runtime_dir: str, qemu_owner: tuple[int, int], libvirt_uri: str) -> None:
+        self._runtime_dir = runtime_dir
+        self._owner = qemu_owner
+        self._uri = libvirt_uri
+
+    def folder(self, instance_id: str) -> str:
+        return os.path.join(self._runtime_dir, instance_id)
+
+    def make_folder(self, instance_id: str) -> str:
+        folder = self.folder(instance_id)
+        os.makedirs(folder, mode=0o750, exist_ok=True)
+        os.chown(folder, *self._owner)
+        return folder
+
+    def live_xml(self, instance_id: str) -> str:
+        return self._libvirt(lambda host: host.live_xml(instance_id))
+
+    def has_monitor(self, instance_id: str, domain_xml: str) -> bool:
+        """Was the domain started with our monitor?"""
+        path = os.path.join(self.folder(instance_id), MONITOR)
+        return path in domain_xml and os.path.exists(path)
+
+    def destroy(self, instance_id: str) -> bool:
+        return self._libvirt(lambda host: host.destroy(instance_id))
+
+    def is_standby(self, instance_id: str) -> bool:
+        """Does a QEMU wait here for its stream? False when none runs, or when it was ever promoted."""
+        try:
+            monitor = qmp.Monitor(os.path.join(self.folder(instance_id), MONITOR))
+        except GuestGone:
+            return False
+        try:
+            return monitor.command("query-status")["status"] == "inmigrate"
+        except (GuestGone, QemuError):
+            return False
+        finally:
+            monitor.close()
+
+    def unbuffer(self, instance_id: str) -> None:
+        """Releases what a dead engine held. Only with the arbiter's grant, or disarmed."""
+        monitor = qmp.Monitor(os.path.join(self.folder(instance_id), MONITOR))
+        try:
+            OutputBuffers(monitor, interfaces(monitor)).remove()
+        finally:
+            monitor.close()
+
+    def _libvirt(self, call: Callable[[Host], Result]) -> Result:
+        """A connection for each call: libvirtd may be restarted at any time."""
+        host = Host(self._uri)
+        try:
+            return call(host)
+        finally:
+            host.close()

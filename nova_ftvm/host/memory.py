@@ -1,0 +1,130 @@
+"""A guest's RAM, from outside: what was written (primary), and writing it (standby).
+
+Joins qmp (which blocks), userfault and pagemap (which pages), procmem (their contents). No policy: the engine says
+when. Memory of the guest is never mapped: process_vm_readv and process_vm_writev reach it where it is, so that the
+standby needs no special memory backing (doc/source/contributor/decisions/standby-memory.rst).
+"""
+
+import dataclasses
+import re
+
+import numpy as np
+
+from nova_ftvm.core import dirty
+from nova_ftvm.exception import Unsupported
+from nova_ftvm.host import procmem, qmp
+from nova_ftvm.host.pagemap import Pagemap
+from nova_ftvm.host.userfault import WriteProtection
+from nova_ftvm.types import PAGE, RamBlock
+
+#: name, page size, offset, used, total, host address
+_BLOCK_LINE = re.compile(r"\s*(\S+)\s+\d+ \S+\s+0x[0-9a-f]+\s+(0x[0-9a-f]+)\s+0x[0-9a-f]+(?:\s+(0x[0-9a-f]+))?")
+
+#: Dirty pages of one checkpoint that the buffer takes at first; it grows by itself.
+_BUFFER_PAGES = 4096
+
+
+def ram_blocks(monitor: qmp.Monitor) -> list[RamBlock]:
+    """All RAM blocks of the guest, by name. Raises Unsupported before QEMU 8.0, which prints no addresses."""
+    text = monitor.command("x-query-ramblock")["human-readable-text"]
+    blocks = []
+    for line in text.splitlines()[1:]:
+        match = _BLOCK_LINE.match(line)
+        if not match:
+            continue
+        name, used, address = match.groups()
+        if address is None:
+            raise Unsupported("QEMU tells no host addresses of its RAM blocks: use QEMU 8.0 or newer")
+        if int(used, 16):
+            blocks.append(RamBlock(name, int(used, 16), int(address, 16)))
+    return sorted(blocks, key=lambda block: block.name)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Spot:
+    """A block's place in the table and in QEMU's address space, in whole pages."""
+
+    index: int
+    start: int
+    end: int
+
+
+class GuestMemory:
+    """The RAM blocks of one QEMU process. Indexes into `blocks` are what the wire calls a block."""
+
+    def __init__(self, pid: int, blocks: list[RamBlock]) -> None:
+        self.pid = pid
+        self.blocks = blocks
+        self._spots = [_Spot(i, b.address, b.address + b.pages * PAGE) for i, b in enumerate(blocks)]
+        self._pagemap = Pagemap(pid)
+
+    def populated(self) -> list[tuple[int, np.ndarray]]:
+        """(block, runs) of all pages that exist."""
+        return [(spot.index, dirty.runs_of(ranges, spot.start)) for spot in self._spots
+                if len(ranges := self._pagemap.populated(spot.start, spot.end))]
+
+    def read(self, block: int, runs: np.ndarray) -> dirty.Pages:
+        """Copies the pages out, into memory of their own."""
+        contents = np.empty(dirty.count(runs) * PAGE, np.uint8)
+        procmem.read(self.pid, dirty.ranges_of(runs, self._spots[block].start), contents)
+        return dirty.Pages(block, runs, contents)
+
+    def write(self, pages: dirty.Pages) -> None:
+        """Puts the pages in."""
+        procmem.write(self.pid, dirty.ranges_of(pages.runs, self._spots[pages.block].start), pages.contents)
+
+    def clear(self) -> None:
+        """Makes every page zero."""
+        for block, runs in self.populated():
+            for part in dirty.split(runs, _BUFFER_PAGES):
+                self.write(dirty.Pages(block, part, np.zeros(dirty.count(part) * PAGE, np.uint8)))
+
+    def close(self) -> None:
+        self._pagemap.close()
+
+
+class TrackedMemory(GuestMemory):
+    """The primary's RAM: also tells what was written."""
+
+    def __init__(self, pid: int, pidfd: int, blocks: list[RamBlock]) -> None:
+        super().__init__(pid, blocks)
+        self._buffer = np.empty(_BUFFER_PAGES * PAGE, np.uint8)
+        self._used = 0
+        self._protection = WriteProtection(pid, pidfd)
+        for spot in self._spots:
+            self._protection.register(spot.start, spot.end - spot.start)
+
+    def take_written(self) -> list[tuple[int, np.ndarray]]:
+        """(block, runs) of the pages written since the last call. Their contents are not read."""
+        return [(spot.index, dirty.runs_of(ranges, spot.start)) for spot, ranges in self._scan()]
+
+    def begin_capture(self) -> None:
+        """Forgets the last capture: its pages' memory is used again."""
+        self._used = 0
+
+    def capture(self) -> list[dirty.Pages]:
+        """Takes the written pages and copies them, within the pause. Valid until the next `begin_capture`."""
+        captured = []
+        for spot, ranges in self._scan():
+            runs = dirty.runs_of(ranges, spot.start)
+            contents = self._take(dirty.count(runs) * PAGE)
+            procmem.read(self.pid, ranges, contents)
+            captured.append(dirty.Pages(spot.index, runs, contents))
+        return captured
+
+    def close(self) -> None:
+        self._protection.close()
+        super().close()
+
+    def _scan(self) -> list[tuple[_Spot, np.ndarray]]:
+        return [(spot, ranges) for spot in self._spots
+                if len(ranges := self._pagemap.take_written(spot.start, spot.end))]
+
+    def _take(self, length: int) -> np.ndarray:
+        if self._used + length > len(self._buffer):
+            # Earlier pieces of this capture keep the old memory alive.
+            self._buffer = np.empty(max(2 * len(self._buffer), length), np.uint8)
+            self._used = 0
+        piece = self._buffer[self._used:self._used + length]
+        self._used += length
+        return piece
