@@ -227,8 +227,10 @@ class Agent:
         watched.listening.set()
 
     def _on_syncing(self, watched: _Watched, report: Report) -> None:
-        """Told with the next sign of life: progress is not worth a call of its own."""
-        watched.state = f"syncing {report['percent']} %"
+        try:
+            self._protection(watched, "syncing", str(report["percent"]))
+        except Failed as error:
+            LOG.debug("progress of pair %s was not told: %s", watched.engine.pair_id, error)
 
     def _on_protected(self, watched: _Watched, report: Report) -> None:
         watched.protected = True
@@ -256,7 +258,9 @@ class Agent:
 
     def _on_guest_shutdown(self, watched: _Watched, report: Report) -> None:
         watched.ended = True
-        self._insist(lambda: self._manager.disarm(InstanceId(watched.engine.instance_id), "the guest was shut down"))
+        # In a thread of its own: the manager stops this very engine before it answers.
+        threading.Thread(target=self._insist, name=f"shutdown-{watched.engine.pair_id}", daemon=True, args=(
+            lambda: self._manager.disarm(InstanceId(watched.engine.instance_id), "the guest was shut down"),)).start()
 
     def _on_ended(self, watched: _Watched, report: Report) -> None:
         watched.ended = True

@@ -22,6 +22,9 @@ from nova_ftvm.types import Epoch, Generation, Grant
 
 LOG = logging.getLogger(__name__)
 
+#: Progress of the first copy is told in such steps.
+_PERCENT_STEP = 10
+
 
 class PrimaryEngine:
     """One guest's protection, from the first copy to its end. `run()` returns when the loop is over."""
@@ -47,7 +50,7 @@ class PrimaryEngine:
         self._copy = LiveCopy(memory)
         self._pieces: Iterator[dirty.Pages] | None = None
         self._pass_pages = 0
-        self._told_percent = -1
+        self._told_percent = -_PERCENT_STEP
         self._selector = selectors.DefaultSelector()
         self._selector.register(monitor, selectors.EVENT_READ, self._on_monitor)
         self._selector.register(control, selectors.EVENT_READ, self._on_control)
@@ -215,7 +218,7 @@ class PrimaryEngine:
         self._tell_percent()
 
     def _tell_percent(self) -> None:
-        if self._copy.percent >= self._told_percent + 5:
+        if self._copy.percent >= self._told_percent + _PERCENT_STEP:
             self._told_percent = self._copy.percent
             self._control.report("syncing", percent=self._told_percent)
 
