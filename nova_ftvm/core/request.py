@@ -11,9 +11,11 @@ STATE_KEY = "ft:state"
 REASON_KEY = "ft:reason"
 EXTRA_SPEC_KEY = "ftvm:enabled"
 
-_WORDS = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
+#: The words that Nova's own check of a boolean extra spec lets through.
+_WORDS = {**dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True),
+          **dict.fromkeys(("false", "f", "no", "n", "off", "0"), False)}
 
-#: Extra specs and image properties that put guest state where no checkpoint reaches it.
+#: Extra specs and image properties that put guest state where no checkpoint reaches it, or bind it to one host.
 _REFUSED_SPECS = {
     "hw:mem_page_size": "huge pages",
     "pci_passthrough:alias": "a passed-through device",
@@ -21,13 +23,18 @@ _REFUSED_SPECS = {
     "hw:vif_multiqueue_enabled": "multiqueue interfaces",
     "hw:mem_encryption": "encrypted memory",
     "hw:boot_from_volume": "a boot volume",
+    "hw:cpu_policy": "pinned processors",
+    "hw:numa_nodes": "a NUMA topology",
 }
 _REFUSED_IMAGE_PROPERTIES = {
     "hw_mem_page_size": "huge pages",
     "hw_vif_multiqueue_enabled": "multiqueue interfaces",
     "hw_mem_encryption": "encrypted memory",
+    "hw_cpu_policy": "pinned processors",
+    "hw_numa_nodes": "a NUMA topology",
 }
-_SMALL_PAGES = {"any", "small", "4", "4KB", "4096"}
+#: End of a key -> values that ask for nothing special.
+_HARMLESS = {"mem_page_size": {"any", "small", "4", "4KB", "4096"}, "cpu_policy": {"shared"}}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,7 +85,7 @@ def obstacle(shape: Shape) -> str:
             value = found.get(key)
             if value is None or value.strip().lower() in ("false", "no", "0"):
                 continue
-            if key.endswith("mem_page_size") and value in _SMALL_PAGES:
+            if any(key.endswith(end) and value in words for end, words in _HARMLESS.items()):
                 continue
             return f"{what} ({key} of the {origin}) cannot be checkpointed: use a {origin} without it"
     if shape.image_properties.get("hw_firmware_type", "bios").lower() == "uefi":

@@ -227,10 +227,8 @@ class Agent:
         watched.listening.set()
 
     def _on_syncing(self, watched: _Watched, report: Report) -> None:
-        try:
-            self._protection(watched, "syncing", str(report["percent"]))
-        except Failed as error:
-            LOG.debug("progress of pair %s was not told: %s", watched.engine.pair_id, error)
+        """Told with the next sign of life: progress is not worth a call of its own."""
+        watched.state = f"syncing {report['percent']} %"
 
     def _on_protected(self, watched: _Watched, report: Report) -> None:
         watched.protected = True

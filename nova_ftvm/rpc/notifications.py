@@ -1,4 +1,4 @@
-"""Nova's notifications, for one purpose: to learn early which server to look at. They are lossy; nothing relies on them."""
+"""Nova's notifications, for one purpose: to learn early which server to look at. Lossy; nothing relies on them."""
 
 from collections.abc import Callable
 from typing import Any
