@@ -1,6 +1,6 @@
 """What the engine needs of the world. host/ implements these; tests give fakes; cmd/ joins them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -63,7 +63,7 @@ class Memory(Protocol):
 
     blocks: list[RamBlock]
 
-    def populated(self) -> list[tuple[int, np.ndarray]]: ...
+    def take_existing(self) -> list[tuple[int, np.ndarray]]: ...
 
     def read(self, block: int, runs: np.ndarray) -> Pages: ...
 
@@ -71,7 +71,7 @@ class Memory(Protocol):
 
     def begin_capture(self) -> None: ...
 
-    def capture(self) -> list[Pages]: ...
+    def capture(self) -> Iterator[Pages]: ...
 
 
 class Watchdog(Protocol):

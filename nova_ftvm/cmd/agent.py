@@ -1,5 +1,8 @@
 """nova-ftvm-agent: one a compute host, as root. Joins configuration, probe, RPC server and the agent."""
 
+from nova_ftvm.cmd import native  # noqa: F401
+
+# isort: split
 import dataclasses
 import glob
 import os
@@ -8,10 +11,8 @@ import sys
 import threading
 from typing import Any
 
-import oslo_messaging
 from oslo_config import cfg
 from oslo_log import log
-from oslo_service import backend
 
 from nova_ftvm.cmd.engine import Order
 from nova_ftvm.conf import agent as agent_conf
@@ -21,6 +22,8 @@ from nova_ftvm.engine.agent import Agent
 from nova_ftvm.exception import FtvmError
 from nova_ftvm.host import guests, probe, process
 from nova_ftvm.rpc import common
+from nova_ftvm.rpc import server as rpc_server
+from nova_ftvm.rpc.agent import AgentApi
 from nova_ftvm.rpc.manager import ManagerClient
 from nova_ftvm.types import Generation, Role
 
@@ -73,7 +76,6 @@ def surviving_engines(runtime_dir: str) -> list[process.EngineProcess]:
 
 
 def main() -> int:
-    backend.init_backend(backend.BackendType.THREADING)
     conf = configure(sys.argv[1:])
     missing = probe.missing()
     try:
@@ -88,9 +90,8 @@ def main() -> int:
                   guests.Guests(conf.agent.runtime_dir, qemu_owner, conf.agent.libvirt_uri),
                   EngineFactory(conf, qemu_owner))
     agent.adopt_engines(list(surviving_engines(conf.agent.runtime_dir)))
-    server = oslo_messaging.get_rpc_server(
-        transport, oslo_messaging.Target(exchange=common.EXCHANGE, topic=common.AGENT_TOPIC, server=conf.host,
-                                         version=common.VERSION), [agent])
+    server = rpc_server.serve(transport, common.AGENT_TOPIC, conf.host,
+                              rpc_server.Endpoint(agent, rpc_server.methods_of(AgentApi)))
     server.start()
     LOG.info("agent of %s is up", conf.host)
     try:

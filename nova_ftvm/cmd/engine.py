@@ -62,6 +62,7 @@ class Order:
     ack_limit_ms: float
     live_passes: int
     live_rest_pages: int
+    nice: int
     frame_limit_bytes: int
 
     @classmethod
@@ -77,6 +78,7 @@ class Order:
 
 def main() -> int:
     order = Order.parse(sys.stdin.readline())
+    os.setpriority(os.PRIO_PROCESS, 0, order.nice)
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO,
         format=f"%(asctime)s.%(msecs)03d %(levelname)s {order.role.value} {order.pair_id} g{order.generation} "

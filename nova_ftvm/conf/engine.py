@@ -30,6 +30,10 @@ OPTS = [
         "live_rest_pages", default=1024, min=1,
         help="The first pause is taken as soon as a pass leaves no more than this number of dirty pages."),
     cfg.IntOpt(
+        "nice", default=-10, min=-20, max=19,
+        help="Scheduling priority of the engines' processes. They need little of a processor, but at once: a "
+             "guest stands still while they wait for one."),
+    cfg.IntOpt(
         "frame_limit_bytes", default=16 << 20, min=1 << 16, max=1 << 28,
         help="Longest frame that is accepted or sent."),
 ]

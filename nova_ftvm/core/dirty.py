@@ -68,6 +68,8 @@ def compress(numbers: np.ndarray) -> np.ndarray:
 
 def split(runs: np.ndarray, most_pages: int) -> list[np.ndarray]:
     """The same pages in the same order, in lists of runs of at most `most_pages` pages each."""
+    if count(runs) <= most_pages:
+        return [runs] if len(runs) else []
     short = [(first + done, min(most_pages, length - done))
              for first, length in runs.tolist() for done in range(0, length, most_pages)]
     parts: list[list[tuple[int, int]]] = []

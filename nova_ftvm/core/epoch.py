@@ -20,6 +20,8 @@ from nova_ftvm.types import Epoch, Grant
 
 #: Seconds until an unanswered question to the arbiter is asked again.
 ASK_AGAIN_S = 0.5
+#: What the wait for an acknowledgement grows by with each page of the epoch: 80 MB/s, less than any link of use.
+ACK_ALLOWANCE_S = 50e-6
 #: Silence of the backup that ends the first copy. Nothing is held yet, so there is no hurry.
 COPY_SILENCE_S = 5.0
 
@@ -97,6 +99,7 @@ class EpochLoop:
         self.reason = ""
         self._passes = 0
         self._next_checkpoint = now
+        self._ack_limit_s = pace.ack_limit_s
         self._ack_deadline = now
         self._next_ask = now
         self._next_beat = now
@@ -111,7 +114,7 @@ class EpochLoop:
         if self.phase is Phase.RUNNING and self._guest_runs and now >= self._next_checkpoint:
             acts += self._checkpoint()
         elif self.phase is Phase.UNACKNOWLEDGED and now >= self._ack_deadline:
-            acts += self._lose(f"no acknowledgement within {self._pace.ack_limit_s * 1000:.0f} ms", now)
+            acts += self._lose(f"no acknowledgement within {self._ack_limit_s * 1000:.0f} ms", now)
         elif self.phase is Phase.COPYING and now >= self._heard + COPY_SILENCE_S:
             acts += self._lose(f"nothing heard of the backup for {COPY_SILENCE_S:g} s", now)
         elif self.phase is Phase.HOLDING and now >= self._next_ask:
@@ -162,8 +165,8 @@ class EpochLoop:
         self.phase = Phase.DRAINING
         return (Act.CAPTURE, Act.OPEN_GATE)
 
-    def on_resumed(self, now: float) -> Acts:
-        """The device state is whole and the guest runs."""
+    def on_resumed(self, now: float, pages: int) -> Acts:
+        """The device state is whole and the guest runs; the epoch has so many pages."""
         if self.phase is not Phase.DRAINING:
             return ()
         self._next_checkpoint = now + self._pace.epoch_s
@@ -172,11 +175,14 @@ class EpochLoop:
         if self.reason:
             return self._hold(now)
         self.phase = Phase.UNACKNOWLEDGED
-        self._ack_deadline = now + self._pace.ack_limit_s
+        self._ack_limit_s = self._pace.ack_limit_s + pages * ACK_ALLOWANCE_S
+        self._ack_deadline = now + self._ack_limit_s
         return (Act.SHIP,)
 
     def on_checkpoint_failed(self, why: str, now: float) -> Acts:
         """QEMU refused or broke off the save; the guest runs, and what was captured is of no use."""
+        if self.phase in OVER:
+            return ()
         if self._stop_asked:
             return self._end()
         self.phase = Phase.HOLDING

@@ -25,6 +25,8 @@ _REFUSED_SPECS = {
     "hw:boot_from_volume": "a boot volume",
     "hw:cpu_policy": "pinned processors",
     "hw:numa_nodes": "a NUMA topology",
+    "hw:tpm_version": "a virtual TPM",
+    "hw:pmem": "persistent memory",
 }
 _REFUSED_IMAGE_PROPERTIES = {
     "hw_mem_page_size": "huge pages",
@@ -32,6 +34,7 @@ _REFUSED_IMAGE_PROPERTIES = {
     "hw_mem_encryption": "encrypted memory",
     "hw_cpu_policy": "pinned processors",
     "hw_numa_nodes": "a NUMA topology",
+    "hw_tpm_version": "a virtual TPM",
 }
 #: End of a key -> values that ask for nothing special.
 _HARMLESS = {"mem_page_size": {"any", "small", "4", "4KB", "4096"}, "cpu_policy": {"shared"}}

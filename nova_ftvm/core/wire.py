@@ -157,9 +157,10 @@ def decode_hello(frame: Frame, token: str, challenge: bytes) -> Hello:
         body: dict[str, Any] = json.loads(bytes(frame.payload))
         hello = Hello(str(body["pair_id"]), str(body["machine"]),
                       tuple(RamBlock(str(name), int(size)) for name, size in body["blocks"]), str(body["proof"]))
-    except (ValueError, KeyError, TypeError) as error:
+        proof = hello.proof.encode()
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ProtocolError("a HELLO that cannot be read") from error
-    if not hmac.compare_digest(hello.proof, prove(token, challenge)):
+    if not hmac.compare_digest(proof, prove(token, challenge).encode()):
         raise ProtocolError("the peer does not know the pair's token")
     return hello
 

@@ -96,13 +96,13 @@ class Agent:
 
     # AgentApi
 
-    def prepare_domain(self, context: Any, instance_id: str) -> dict[str, Any]:
+    def prepare_domain(self, instance_id: str) -> dict[str, Any]:
         if self._missing:
             return {"monitor": "", "capable": False, "reason": "; ".join(self._missing)}
         return {"monitor": os.path.join(self._guests.make_folder(instance_id), "monitor.sock"), "capable": True,
                 "reason": ""}
 
-    def describe_domain(self, context: Any, instance_id: str) -> dict[str, Any]:
+    def describe_domain(self, instance_id: str) -> dict[str, Any]:
         try:
             domain_xml = self._guests.live_xml(instance_id)
         except FtvmError as error:
@@ -111,19 +111,19 @@ class Agent:
         return {"domain_xml": domain_xml, "armed": armed,
                 "reason": "" if armed else "the server was started without fault tolerance: hard-reboot it"}
 
-    def start_backup(self, context: Any, pair_id: str, generation: int, instance_id: str, token: str) -> dict[str, Any]:
+    def start_backup(self, pair_id: str, generation: int, instance_id: str, token: str) -> dict[str, Any]:
         watched = self._start(Role.BACKUP, pair_id, generation, instance_id, token, self._data_address, 0)
         if not watched.listening.wait(_LISTEN_LIMIT_S):
             watched.engine.kill()
             raise FtvmError(watched.failure or f"the backup's engine was not ready within {_LISTEN_LIMIT_S:g} s")
         return {"address": self._data_address, "port": watched.port}
 
-    def start_primary(self, context: Any, pair_id: str, generation: int, instance_id: str, address: str, port: int,
+    def start_primary(self, pair_id: str, generation: int, instance_id: str, address: str, port: int,
                       token: str) -> dict[str, Any]:
         self._start(Role.PRIMARY, pair_id, generation, instance_id, token, address, port)
         return {}
 
-    def stop_engine(self, context: Any, pair_id: str, generation: int, reason: str) -> dict[str, Any]:
+    def stop_engine(self, pair_id: str, generation: int, reason: str) -> dict[str, Any]:
         stopped = True
         for role in Role:
             watched = self._engines.get((pair_id, role.value))
@@ -135,7 +135,7 @@ class Agent:
             self._stop(watched, reason)
         return {"stopped": stopped}
 
-    def fence(self, context: Any, pair_id: str, generation: int, instance_id: str) -> dict[str, Any]:
+    def fence(self, pair_id: str, generation: int, instance_id: str) -> dict[str, Any]:
         watched = self._engines.get((pair_id, Role.PRIMARY.value))
         if watched is not None:
             watched.ended = True
@@ -143,7 +143,7 @@ class Agent:
         self._guests.destroy(instance_id)
         return {}
 
-    def discard_standby(self, context: Any, instance_id: str) -> dict[str, Any]:
+    def discard_standby(self, instance_id: str) -> dict[str, Any]:
         for watched in list(self._engines.values()):
             if watched.engine.instance_id == instance_id and watched.engine.role == Role.BACKUP:
                 if watched.promoted:
@@ -298,7 +298,13 @@ class Agent:
 
     def _go_on_alone(self, watched: _Watched, reason: str) -> None:
         """The guest's output is held by QEMU, and nobody is left to release it: ask in the engine's place."""
-        grant = self._insist(lambda: self._manager.request_degrade(*self._voice(watched), reason))
+        def ask() -> Grant:
+            return self._manager.request_degrade(*self._voice(watched), reason)
+
+        grant = self._insist(ask)
+        while not _is_answer(grant):
+            self._sleep(_RETRY_S)
+            grant = self._insist(ask)
         if grant.granted:
             self._unbuffer(watched)
         else:
@@ -326,7 +332,10 @@ class Agent:
         except Failed as error:
             LOG.warning("pair %s: the manager does not answer: %s", watched.engine.pair_id, error)
             return
-        watched.engine.order("grant", granted=grant.granted, generation=grant.generation, reason=grant.reason)
+        if _is_answer(grant):
+            watched.engine.order("grant", granted=grant.granted, generation=grant.generation, reason=grant.reason)
+        else:
+            LOG.error("pair %s: the arbiter cannot tell: %s", watched.engine.pair_id, grant.reason)
 
     def _insist(self, call: Callable[[], Any]) -> Any:
         """Calls until the manager answers; for what must not be forgotten."""
@@ -336,3 +345,8 @@ class Agent:
             except Failed as error:
                 LOG.warning("the manager does not answer, trying again: %s", error)
                 self._sleep(_RETRY_S)
+
+
+def _is_answer(grant: Grant) -> bool:
+    """An arbiter that does not know the pair (its database was lost?) has not said no: output stays held."""
+    return grant.generation > 0

@@ -100,15 +100,16 @@ class BackupEngine:
             LOG.warning("refused a second connection, from %s", peer[0])
             connection.close()
             return
+        if self._replica.committed:
+            # A replica's epochs are of one connection; a new one begins with a new generation. Refused before the
+            # greeting, which takes time: the watch over the primary must not wait for a stranger.
+            LOG.warning("refused a primary that came back, from %s", peer[0])
+            connection.close()
+            return
         try:
             link = links.answer(connection, self._generation, self._token, self._expected, self._limit)
         except (PeerLost, ProtocolError) as refused:
             LOG.warning("refused a connection from %s: %s", peer[0], refused)
-            return
-        if self._replica.committed:
-            # A replica's epochs are of one connection; a new one begins with a new generation.
-            LOG.warning("refused a primary that came back, from %s", peer[0])
-            link.close()
             return
         self._link = link
         self._selector.register(link, selectors.EVENT_READ, self._on_link)

@@ -30,10 +30,8 @@ class LiveCopy:
         return min(99, 100 * self._sent // max(1, self._total))
 
     def start_pass(self) -> int:
-        """Protects what was written and makes it the next pass. Returns its pages."""
-        written = self._memory.take_written()
-        # A kernel calls a page that never existed 'written'; the first pass takes only those that exist.
-        self._todo = self._memory.populated() if self._first else written
+        """Protects what exists, later what was written, and makes it the next pass. Returns its pages."""
+        self._todo = self._memory.take_existing() if self._first else self._memory.take_written()
         number = sum(dirty.count(runs) for _, runs in self._todo)
         self._total += number
         return number

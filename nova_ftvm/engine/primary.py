@@ -94,7 +94,6 @@ class PrimaryEngine:
             LOG.warning("the guest is gone: %s", gone)
             self._on_guest_gone()
         except (PeerLost, ProtocolError) as lost:
-            LOG.warning("the backup is lost: %s", lost)
             self._lose_link(str(lost))
 
     def _patience(self) -> float:
@@ -111,11 +110,12 @@ class PrimaryEngine:
     def _on_monitor(self) -> None:
         for event in self._talk.events():
             if event is GuestEvent.STOPPED:
+                self._stats.stopped()
                 self._do(self._loop.on_stopped())
                 self._selector.register(self._gate, selectors.EVENT_READ, self._on_gate)
             elif event is GuestEvent.RESUMED:
                 self._finish_checkpoint()
-                self._do(self._loop.on_resumed(self._clock()))
+                self._do(self._loop.on_resumed(self._clock(), self._talk.current.page_count))
             elif event is GuestEvent.SAVE_FAILED:
                 self._finish_checkpoint()
                 self._do(self._loop.on_checkpoint_failed(self._talk.current.failure, self._clock()))
@@ -153,10 +153,7 @@ class PrimaryEngine:
                 self._do(self._loop.on_fence(order["reason"]))
 
     def _on_guest_gone(self) -> None:
-        try:
-            self._do(self._loop.on_guest_gone())
-        except (PeerLost, ProtocolError) as lost:
-            LOG.warning("the backup was not told: %s", lost)
+        self._do(self._loop.on_guest_gone())
 
     # Acts
 
@@ -169,7 +166,11 @@ class PrimaryEngine:
         trip(Fault.BATCH_SENT)
 
     def _capture(self) -> None:
-        self._talk.current.pages += self._memory.capture()
+        for pages in self._memory.capture():
+            self._talk.current.pages.append(pages)
+            # A guest that wrote very much keeps both sides waiting, and neither may take that for a death.
+            self._watchdog.arm()
+            self._do(self._loop.tick(self._clock()))
         trip(Fault.CAPTURED)
 
     def _open_gate(self) -> None:
@@ -225,14 +226,17 @@ class PrimaryEngine:
     # The link
 
     def _say(self, kind: wire.Kind) -> None:
-        if self._linked:
-            self._link.send_bare(kind, self._loop.epoch)
-            self._watch_link()
+        self._send(wire.encode(kind, self._generation, self._loop.epoch))
 
     def _send(self, buffers: list[wire.Buffer]) -> None:
-        if self._linked:
+        """A peer that is lost here is no error of the act that sends: the loop decides what it means."""
+        if not self._linked:
+            return
+        try:
             self._link.send(buffers)
             self._watch_link()
+        except PeerLost as lost:
+            self._lose_link(str(lost))
 
     def _watch_link(self) -> None:
         """Wakes up for room in the socket only while something waits for it."""
@@ -242,6 +246,7 @@ class PrimaryEngine:
 
     def _lose_link(self, why: str) -> None:
         if self._linked:
+            LOG.warning("the backup is lost: %s", why)
             self._linked = False
             self._selector.unregister(self._link)
             self._link.close()

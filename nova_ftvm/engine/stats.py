@@ -1,8 +1,9 @@
 """Checkpoint statistics for people and benchmarks: one JSON line a second, beside the guest's monitor.
 
 {"at": wall-clock s, "count": checkpoints so far,
- "pause_ms": [...], "pages": [...], "epoch_ms": [...], "state_bytes": [...]}
-with one entry a checkpoint of that second. epoch_ms: from one checkpoint's start to the next one's.
+ "pause_ms": [...], "pages": [...], "epoch_ms": [...], "state_bytes": [...], "stop_ms": [...]}
+with one entry a checkpoint of that second. epoch_ms: from one checkpoint's start to the next one's;
+stop_ms: from the batch of commands to the guest's stop, in which the guest runs.
 """
 
 import json
@@ -25,29 +26,36 @@ class EpochLog:
         self._count = 0
         self._last_start: float | None = None
         self._next_write = clock() + PERIOD_S
-        self._rows: list[tuple[float, int, float, int]] = []
+        self._rows: list[tuple[float, int, float, int, float]] = []
+        self._epoch_ms = self._stop_ms = 0.0
 
     def began(self) -> None:
         now = self._clock()
         self._epoch_ms = (now - self._last_start) * 1000 if self._last_start is not None else 0.0
         self._last_start = now
 
+    def stopped(self) -> None:
+        assert self._last_start is not None
+        self._stop_ms = (self._clock() - self._last_start) * 1000
+
     def ended(self, checkpoint: Checkpoint) -> None:
         self._count += 1
-        self._rows.append((checkpoint.pause_ms, checkpoint.page_count, self._epoch_ms, len(checkpoint.state)))
+        self._rows.append((checkpoint.pause_ms, checkpoint.page_count, self._epoch_ms, len(checkpoint.state),
+                           self._stop_ms))
         if self._clock() >= self._next_write:
             self.write()
 
     def write(self) -> None:
         if not self._rows:
             return
-        pause, pages, epoch, state = zip(*self._rows, strict=True)
+        pause, pages, epoch, state, stop = zip(*self._rows, strict=True)
         if self._file.tell() > _MOST_BYTES:
             self._file.seek(0)
             self._file.truncate()
         self._file.write(json.dumps({
             "at": round(time.time(), 3), "count": self._count, "pause_ms": [round(x, 3) for x in pause],
-            "pages": pages, "epoch_ms": [round(x, 3) for x in epoch], "state_bytes": state}) + "\n")
+            "pages": pages, "epoch_ms": [round(x, 3) for x in epoch], "state_bytes": state,
+            "stop_ms": [round(x, 3) for x in stop]}) + "\n")
         self._file.flush()
         self._rows.clear()
         self._next_write = self._clock() + PERIOD_S

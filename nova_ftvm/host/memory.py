@@ -7,6 +7,7 @@ standby needs no special memory backing (doc/source/contributor/decisions/standb
 
 import dataclasses
 import re
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -19,6 +20,11 @@ from nova_ftvm.types import PAGE, RamBlock
 
 #: name, page size, offset, used, total, host address
 _BLOCK_LINE = re.compile(r"\s*(\S+)\s+\d+ \S+\s+0x[0-9a-f]+\s+(0x[0-9a-f]+)\s+0x[0-9a-f]+(?:\s+(0x[0-9a-f]+))?")
+
+Look = Callable[[int, int], np.ndarray]
+
+#: What is copied at once within a pause: some milliseconds.
+_PIECE_PAGES = 2048
 
 #: Dirty pages of one checkpoint that the buffer takes at first; it grows by itself.
 _BUFFER_PAGES = 4096
@@ -58,11 +64,6 @@ class GuestMemory:
         self._spots = [_Spot(i, b.address, b.address + b.pages * PAGE) for i, b in enumerate(blocks)]
         self._pagemap = Pagemap(pid)
 
-    def populated(self) -> list[tuple[int, np.ndarray]]:
-        """(block, runs) of all pages that exist."""
-        return [(spot.index, dirty.runs_of(ranges, spot.start)) for spot in self._spots
-                if len(ranges := self._pagemap.populated(spot.start, spot.end))]
-
     def read(self, block: int, runs: np.ndarray) -> dirty.Pages:
         """Copies the pages out, into memory of their own."""
         contents = np.empty(dirty.count(runs) * PAGE, np.uint8)
@@ -75,12 +76,16 @@ class GuestMemory:
 
     def clear(self) -> None:
         """Makes every page zero."""
-        for block, runs in self.populated():
-            for part in dirty.split(runs, _BUFFER_PAGES):
+        for block, runs in self._runs(self._pagemap.existing):
+            for part in dirty.split(runs, _PIECE_PAGES):
                 self.write(dirty.Pages(block, part, np.zeros(dirty.count(part) * PAGE, np.uint8)))
 
     def close(self) -> None:
         self._pagemap.close()
+
+    def _runs(self, look: Look) -> list[tuple[int, np.ndarray]]:
+        return [(spot.index, dirty.runs_of(ranges, spot.start)) for spot in self._spots
+                if len(ranges := look(spot.start, spot.end))]
 
 
 class TrackedMemory(GuestMemory):
@@ -94,31 +99,32 @@ class TrackedMemory(GuestMemory):
         for spot in self._spots:
             self._protection.register(spot.start, spot.end - spot.start)
 
+    def take_existing(self) -> list[tuple[int, np.ndarray]]:
+        """(block, runs) of all pages that exist; from now on it is seen which are written."""
+        return self._runs(self._pagemap.take_existing)
+
     def take_written(self) -> list[tuple[int, np.ndarray]]:
-        """(block, runs) of the pages written since the last call. Their contents are not read."""
-        return [(spot.index, dirty.runs_of(ranges, spot.start)) for spot, ranges in self._scan()]
+        """(block, runs) of the pages written since the last look. Their contents are not read."""
+        return self._runs(self._pagemap.take_written)
 
     def begin_capture(self) -> None:
         """Forgets the last capture: its pages' memory is used again."""
         self._used = 0
 
-    def capture(self) -> list[dirty.Pages]:
-        """Takes the written pages and copies them, within the pause. Valid until the next `begin_capture`."""
-        captured = []
-        for spot, ranges in self._scan():
-            runs = dirty.runs_of(ranges, spot.start)
-            contents = self._take(dirty.count(runs) * PAGE)
-            procmem.read(self.pid, ranges, contents)
-            captured.append(dirty.Pages(spot.index, runs, contents))
-        return captured
+    def capture(self) -> Iterator[dirty.Pages]:
+        """Takes the written pages and copies them, within the pause, piece by piece: all, or the epoch is of no use.
+
+        The contents are valid until the next `begin_capture`.
+        """
+        for block, written in self.take_written():
+            for runs in dirty.split(written, _PIECE_PAGES):
+                contents = self._take(dirty.count(runs) * PAGE)
+                procmem.read(self.pid, dirty.ranges_of(runs, self._spots[block].start), contents)
+                yield dirty.Pages(block, runs, contents)
 
     def close(self) -> None:
         self._protection.close()
         super().close()
-
-    def _scan(self) -> list[tuple[_Spot, np.ndarray]]:
-        return [(spot, ranges) for spot in self._spots
-                if len(ranges := self._pagemap.take_written(spot.start, spot.end))]
 
     def _take(self, length: int) -> np.ndarray:
         if self._used + length > len(self._buffer):

@@ -23,6 +23,7 @@ _CHECK_WPASYNC = 1 << 1
 _WRITTEN = 1 << 1
 _PRESENT = 1 << 3
 _SWAPPED = 1 << 4
+_EXISTS = _PRESENT | _SWAPPED
 
 #: struct page_region: start, end, categories.
 _REGION_WORDS = 3
@@ -38,27 +39,36 @@ class Pagemap:
 
     def take_written(self, start: int, end: int) -> np.ndarray:
         """The ranges written since the last call, protected again."""
-        return self._scan(start, end, _WP_MATCHING | _CHECK_WPASYNC, all_of=_WRITTEN, any_of=0)
+        return self._scan(start, end, _WP_MATCHING | _CHECK_WPASYNC, all_of=_WRITTEN, told=_WRITTEN)[:, :2]
 
-    def populated(self, start: int, end: int) -> np.ndarray:
-        """The ranges that hold a page, in memory or in swap."""
-        return self._scan(start, end, 0, all_of=0, any_of=_PRESENT | _SWAPPED)
+    def take_existing(self, start: int, end: int) -> np.ndarray:
+        """Protects every page. Returns the ranges that held one at that moment, in memory or in swap.
+
+        For the first look only: a page that never existed counts as written until it is protected.
+        """
+        regions = self._scan(start, end, _WP_MATCHING | _CHECK_WPASYNC, all_of=_WRITTEN, told=_WRITTEN | _EXISTS)
+        return regions[(regions[:, 2] & np.uint64(_EXISTS)) != 0, :2]
+
+    def existing(self, start: int, end: int) -> np.ndarray:
+        """The ranges that hold a page. For a process whose pages were never protected."""
+        return self._scan(start, end, 0, any_of=_EXISTS, told=_EXISTS)[:, :2]
 
     def close(self) -> None:
         os.close(self._fd)
 
-    def _scan(self, start: int, end: int, flags: int, all_of: int, any_of: int) -> np.ndarray:
+    def _scan(self, start: int, end: int, flags: int, *, all_of: int = 0, any_of: int = 0, told: int) -> np.ndarray:
+        """Regions in the categories, as rows of start, end and those of the `told` categories that they are in."""
         parts = []
         while start < end:
             argument = bytearray(_ARGUMENT.pack(
                 _ARGUMENT.size, flags, start, end, 0, self._regions.ctypes.data, len(self._regions), 0,
-                0, all_of, any_of, all_of | any_of))
+                0, all_of, any_of, told))
             # SAFE: the kernel writes at most len(regions) page_regions into an array that self keeps alive,
             # and walk_end within the bytearray.
             try:
                 found = fcntl.ioctl(self._fd, _PAGEMAP_SCAN, argument)
             except ProcessLookupError as error:
                 raise GuestGone(f"process {self._pid} ended") from error
-            parts.append(self._regions[:found, :2].copy())
+            parts.append(self._regions[:found].copy())
             (start,) = struct.unpack_from("Q", argument, _WALK_END)
         return np.concatenate(parts) if len(parts) != 1 else parts[0]

@@ -1,5 +1,6 @@
 """Transport, target and one bounded call. The only importer of oslo_messaging's RPC client."""
 
+import sys
 from typing import Any
 
 import oslo_messaging
@@ -14,9 +15,17 @@ VERSION = "1.0"
 Unreachable = (oslo_messaging.MessagingTimeout, oslo_messaging.MessageDeliveryFailure)
 Failed = (*Unreachable, oslo_messaging.RemoteError)
 
+#: Options that oslo.messaging registers with oslo.config's global object only, and then reads from the one it is given.
+_ON_GLOBAL_ONLY = (("oslo_messaging._metrics.client", "oslo_messaging_metrics"),
+                   ("oslo_messaging._tracing.client", "oslo_messaging_tracing"))
+
 
 def transport(conf: cfg.ConfigOpts) -> oslo_messaging.Transport:
     """RPC over [DEFAULT]transport_url of whichever configuration is handed in (ours, or Nova's)."""
+    for module, group in _ON_GLOBAL_ONLY:
+        options = getattr(sys.modules.get(module), group, None)
+        if options is not None:
+            conf.register_opts(options, group=group)
     return oslo_messaging.get_rpc_transport(conf)
 
 

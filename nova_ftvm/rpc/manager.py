@@ -49,12 +49,14 @@ class ManagerApi(Protocol):
 
     def report_protection(self, pair_id: str, generation: int, host: str, state: str, detail: str) -> dict[str, Any]:
         """The primary's engine tells: state is 'syncing' (detail: percent), 'protected' or 'failed' (detail: why).
-        Answer: a Grant; not granted means that the generation is over."""
+        Answer: a Grant. Not granted, with a newer generation: the voice is another host's, fence. Not granted, with
+        the generation that was asked with: the pair was disarmed, the engine stops and the guest goes on."""
 
     def report_promoted(self, pair_id: str, generation: int, host: str, timeline: dict[str, float],
                         failure: str) -> dict[str, Any]:
         """The backup's engine tells that the guest runs here (failure == ''), or that it could not be resumed.
-        timeline: wall-clock seconds: {"detected_at", "granted_at", "running_at"}."""
+        timeline: wall-clock seconds: {"detected_at", "granted_at", "running_at"}.
+        generation: the one that it asked with, or the one that it was granted."""
 
     def standby_plan(self, backup_id: str, host: str) -> "StandbyPlan | None":
         """The driver, spawning a server of the service project: is it a backup, and of what? None: it is not."""
@@ -63,7 +65,9 @@ class ManagerApi(Protocol):
         """The driver: the standby domain is there, paused (failure == ''); or why it could not be made."""
 
     def disarm(self, instance_id: str, reason: str) -> dict[str, Any]:
-        """A planned end (stop, delete, reboot, detach...). After the answer {"disarmed": True} no backup can be promoted."""
+        """A planned end (stop, delete, reboot, detach...). After the answer {"disarmed": True} no backup can be
+        promoted, and the primary's engine was told to stop. {"disarmed": False, "reason": why}: a failover is under
+        way."""
 
     def adoption(self, instance_id: str, host: str) -> Adoption:
         """The driver, rebuilding an evacuated server: was it promoted on this host?"""

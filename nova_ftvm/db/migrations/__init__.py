@@ -1,0 +1,1 @@
+"""The tables' history, for alembic. `nova-ftvm-manage db sync` applies it."""

@@ -1,0 +1,187 @@
+"""Reads and writes pairs and hosts. Thread-safe: each call is one transaction of its own.
+
+It decides nothing: which move is right is core.pair's, who may ask for it is failover.arbiter's.
+What it promises is the compare-and-set: `change` writes all of its columns, or raises LostRace and writes none.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypedDict, Unpack
+
+import sqlalchemy as sa
+from oslo_db import api as db_api
+from oslo_db import exception as db_exception
+
+from nova_ftvm.db.records import Engine, Host, Pair
+from nova_ftvm.db.schema import HostRow, PairRow
+from nova_ftvm.exception import LostRace, PairNotFound
+from nova_ftvm.types import Generation, InstanceId, PairId, PairState
+
+_PAIR_FIELDS = tuple(field.name for field in dataclasses.fields(Pair))
+
+#: A transaction that the database broke off is tried again. Safe for a compare-and-set too: when the first try
+#: had come through, the second one loses, and the caller reads the row again.
+_again = db_api.wrap_db_retry(max_retries=5, retry_interval=0.05, max_retry_interval=0.5,
+                              retry_on_deadlock=True, retry_on_disconnect=True)
+
+
+class PairChanges(TypedDict, total=False):
+    """Columns of a pair that may be written."""
+
+    state: PairState
+    generation: Generation
+    reason: str
+    step: str
+    backup_id: str | None
+    backup_host: str | None
+    primary_host: str
+    active_host: str
+    active_since: Generation
+    token: str
+    timeline: Mapping[str, float]
+    progress: int
+    attempts: int
+    retry_at: float
+
+
+class Store:
+    """Pairs and hosts on one SQLAlchemy engine (db.connect)."""
+
+    def __init__(self, engine: sa.Engine, clock: Callable[[], float] = time.time) -> None:
+        self._engine = engine
+        self._clock = clock
+
+    # -- pairs
+
+    def pairs(self, ids: Iterable[str] | None = None) -> list[Pair]:
+        return self._select() if ids is None else self._select(PairRow.id.in_(list(ids)))
+
+    def pair(self, pair_id: PairId) -> Pair:
+        for pair in self._select(PairRow.id == pair_id):
+            return pair
+        raise PairNotFound(f"there is no pair {pair_id}")
+
+    def pair_of(self, instance_id: InstanceId) -> Pair | None:
+        return next(iter(self._select(PairRow.instance_id == instance_id)), None)
+
+    def pair_of_backup(self, backup_id: str) -> Pair | None:
+        return next(iter(self._select(PairRow.backup_id == backup_id)), None)
+
+    @_again
+    def add(self, pair: Pair) -> Pair:
+        """Raises LostRace when the instance has a pair already."""
+        now = self._clock()
+        added = dataclasses.replace(pair, created_at=now, updated_at=now, moved_at=now)
+        columns = _columns({name: getattr(added, name) for name in _PAIR_FIELDS})
+        try:
+            with self._engine.begin() as connection:
+                connection.execute(sa.insert(PairRow).values(**columns, worker=None, worker_until=0.0))
+        except db_exception.DBDuplicateEntry:
+            raise LostRace(f"server {pair.instance_id} has a pair already") from None
+        return added
+
+    @_again
+    def change(self, pair: Pair, **changes: Unpack[PairChanges]) -> Pair:
+        """The compare-and-set: writes `changes` if the pair still has the generation and the state of `pair`.
+
+        Returns the pair with the changes; raises LostRace. updated_at always changes, so that MariaDB counts the
+        row as affected whatever its client's found_rows says.
+        """
+        now = self._clock()
+        moved = now if changes.get("state", pair.state) is not pair.state else pair.moved_at
+        query = sa.update(PairRow).where(*_same(pair)).values(
+            **_columns(dict(changes)), moved_at=moved, updated_at=now)
+        with self._engine.begin() as connection:
+            written = connection.execute(query).rowcount
+        if written != 1:
+            raise LostRace(f"pair {pair.id} is not {pair.state} in generation {pair.generation} any more")
+        return dataclasses.replace(pair, **changes, moved_at=moved, updated_at=now)
+
+    @_again
+    def forget(self, pair: Pair) -> None:
+        """Removes the row, by compare-and-set as well."""
+        with self._engine.begin() as connection:
+            if connection.execute(sa.delete(PairRow).where(*_same(pair))).rowcount != 1:
+                raise LostRace(f"pair {pair.id} has moved on")
+
+    @_again
+    def claim(self, pair_id: PairId, worker: str, for_s: float) -> bool:
+        """Takes, or renews, the right to do the pair's slow work; False while another manager has it."""
+        now = self._clock()
+        free = sa.or_(PairRow.worker.is_(None), PairRow.worker == worker, PairRow.worker_until < now)
+        query = sa.update(PairRow).where(PairRow.id == pair_id, free).values(worker=worker, worker_until=now + for_s)
+        with self._engine.begin() as connection:
+            return connection.execute(query).rowcount == 1
+
+    @_again
+    def release(self, pair_id: PairId, worker: str) -> None:
+        query = sa.update(PairRow).where(PairRow.id == pair_id, PairRow.worker == worker)
+        with self._engine.begin() as connection:
+            connection.execute(query.values(worker=None, worker_until=0.0))
+
+    # -- hosts
+
+    @_again
+    def hosts(self) -> dict[str, Host]:
+        with self._engine.connect() as connection:
+            rows = connection.execute(sa.select(HostRow.__table__)).mappings().all()
+        return {row["host"]: _host(row) for row in rows}
+
+    def report(self, host: Host) -> None:
+        """What its agent says; leaves forced_down_by_us alone."""
+        said = {"capable": host.capable, "reason": host.reason, "data_address": host.data_address,
+                "reported_at": host.reported_at, "engines": [dataclasses.asdict(engine) for engine in host.engines]}
+        self._put_host(host.name, said)
+
+    def mark_forced_down(self, host: str, forced: bool) -> None:
+        self._put_host(host, {"forced_down_by_us": forced, "forced_at": self._clock()})
+
+    @_again
+    def _put_host(self, name: str, columns: dict[str, Any]) -> None:
+        update = sa.update(HostRow).where(HostRow.name == name).values(**columns)
+        with self._engine.begin() as connection:
+            if connection.execute(update).rowcount:
+                return
+        fresh: dict[str, Any] = {"capable": False, "reason": "its agent has not reported", "data_address": "",
+                                 "reported_at": 0.0, "engines": [], "forced_down_by_us": False, "forced_at": 0.0}
+        try:
+            with self._engine.begin() as connection:
+                connection.execute(sa.insert(HostRow).values(name=name, **{**fresh, **columns}))
+        except db_exception.DBDuplicateEntry:
+            with self._engine.begin() as connection:
+                connection.execute(update)
+
+    # -- within
+
+    @_again
+    def _select(self, *where: sa.ColumnElement[bool]) -> list[Pair]:
+        query = sa.select(PairRow.__table__).where(*where).order_by(PairRow.created_at)
+        with self._engine.connect() as connection:
+            return [_pair(row) for row in connection.execute(query).mappings()]
+
+
+def _same(pair: Pair) -> tuple[sa.ColumnElement[bool], ...]:
+    return (PairRow.id == pair.id, PairRow.generation == pair.generation, PairRow.state == pair.state.value)
+
+
+def _columns(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields as the columns hold them."""
+    written = dict(fields)
+    if "state" in written:
+        written["state"] = written["state"].value
+    if "timeline" in written:
+        written["timeline"] = dict(written["timeline"])
+    return written
+
+
+def _pair(row: Any) -> Pair:
+    fields = {name: row[name] for name in _PAIR_FIELDS}
+    return Pair(**{**fields, "state": PairState(fields["state"]), "timeline": dict(fields["timeline"] or {})})
+
+
+def _host(row: Any) -> Host:
+    return Host(name=row["host"], capable=bool(row["capable"]), reason=row["reason"],
+                data_address=row["data_address"], reported_at=row["reported_at"],
+                engines=tuple(Engine(**engine) for engine in row["engines"] or ()),
+                forced_down_by_us=bool(row["forced_down_by_us"]), forced_at=row["forced_at"])

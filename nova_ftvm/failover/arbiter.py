@@ -1,0 +1,224 @@
+"""Who may speak. The only writer of a pair's state: core.pair's moves, each one compare-and-set.
+
+Called by the manager's RPC methods and by its own work; holds no lock and keeps nothing in memory, so any number
+of managers may run one each. Nothing slow happens here: a backup waits for the answer while the guest stands still.
+
+An answer can be lost on the wire. So the side that has won gets the same grant again when it asks again, and
+only that side: `active_host` and `active_since` say whose voice it is, and since which generation.
+A doubt (an unknown pair, another generation, another host) is never a grant.
+"""
+
+import secrets
+from collections.abc import Callable
+from typing import Unpack
+
+from oslo_log import log
+
+from nova_ftvm.core import pair as rules
+from nova_ftvm.core.pair import PairEvent
+from nova_ftvm.db.records import Pair
+from nova_ftvm.db.store import PairChanges, Store
+from nova_ftvm.exception import LostRace, PairNotFound
+from nova_ftvm.failover.settings import Clock, Settings
+from nova_ftvm.types import Generation, Grant, InstanceId, PairId, PairState
+
+LOG = log.getLogger(__name__)
+
+#: Work that is recorded in a pair's `step`. The catch-up's own steps are in catchup.py.
+NOTHING, ENGINES, CLEANUP = "", "engines", "cleanup"
+CATCH_UP = ("bindings", "role", "allocation", "evacuate", "settle", "tidy")
+
+#: States without a backup that could be promoted: the active host's guest speaks alone.
+ALONE = frozenset({PairState.PENDING, PairState.DEGRADED, PairState.DISABLED, PairState.ERROR})
+#: A lost race is looked at again; each loss means that somebody else's move came through.
+_TRIES = 10
+
+Judge = Callable[[Pair], Grant | PairEvent]
+
+
+def judge_promotion(pair: Pair, generation: int, host: str) -> Grant | PairEvent:
+    """May the backup on `host` speak? PROMOTE: yes, if the compare-and-set comes through."""
+    if pair.state is PairState.PROTECTED and generation == pair.generation and host == pair.backup_host:
+        return PairEvent.PROMOTE
+    if (pair.state in (PairState.PROMOTING, PairState.DEGRADED) and pair.active_host == host
+            and pair.active_since == pair.generation == generation + 1):
+        return Grant(True, pair.generation, "granted before")
+    return Grant(False, pair.generation, _refusal(pair, generation, host))
+
+
+def judge_degrade(pair: Pair, generation: int, host: str) -> Grant | PairEvent:
+    """May the primary on `host` speak without its backup's acknowledgement?"""
+    if (pair.state in (PairState.SYNCING, PairState.PROTECTED) and generation == pair.generation
+            and host == pair.primary_host == pair.active_host):
+        return PairEvent.LOSE_BACKUP
+    if pair.state in ALONE and has_voice(pair, generation, host):
+        return Grant(True, pair.generation, f"no backup can be promoted: the pair is {pair.state}")
+    return Grant(False, pair.generation, _refusal(pair, generation, host))
+
+
+def judge_sync(pair: Pair, generation: int, host: str) -> Grant | PairEvent:
+    """The primary says that its backup holds a whole epoch."""
+    if generation == pair.generation and host == pair.primary_host:
+        if pair.state is PairState.SYNCING:
+            return PairEvent.SYNCED
+        if pair.state is PairState.PROTECTED:
+            return Grant(True, pair.generation, "protected already")
+    if pair.state in ALONE and has_voice(pair, generation, host):
+        # Its own generation in the answer: the pair was disarmed, the engine is to stop, and its guest to go on.
+        return Grant(False, Generation(generation), f"the pair is {pair.state}: {pair.reason}")
+    return Grant(False, pair.generation, _refusal(pair, generation, host))
+
+
+def judge_placed(pair: Pair, generation: int, host: str) -> Grant | PairEvent:
+    """The driver says that the standby domain is there."""
+    if generation == pair.generation and host == pair.backup_host:
+        if pair.state is PairState.PENDING:
+            return PairEvent.PLACED
+        if pair.state in (PairState.SYNCING, PairState.PROTECTED):
+            return Grant(True, pair.generation, "known already")
+    return Grant(False, pair.generation, _refusal(pair, generation, host))
+
+
+def judge_promoted(pair: Pair, generation: int, host: str) -> Grant | PairEvent:
+    """The backup says that the guest runs. It may name the generation that it asked with, or the one it was given."""
+    if was_granted(pair, generation, host):
+        if pair.state is PairState.PROMOTING:
+            return PairEvent.PROMOTED
+        if pair.state is PairState.DEGRADED:
+            return Grant(True, pair.generation, "known already")
+    return Grant(False, pair.generation, _refusal(pair, generation, host))
+
+
+def has_voice(pair: Pair, generation: int, host: str) -> bool:
+    """Has the voice been with `host` from `generation` until now?"""
+    return pair.active_host == host and pair.active_since <= generation <= pair.generation
+
+
+def was_granted(pair: Pair, generation: int, host: str) -> bool:
+    """Is the generation in force the one that the backup on `host` was promoted with?"""
+    return (pair.active_host == host and pair.active_since == pair.generation
+            and generation in (pair.generation - 1, pair.generation))
+
+
+def _refusal(pair: Pair, generation: int, host: str) -> str:
+    return (f"the pair is {pair.state} in generation {pair.generation}, {pair.active_host} speaks"
+            f" (asked by {host} for generation {generation})")
+
+
+class Arbiter:
+    """Applies moves. Every method reads the row, judges, writes by compare-and-set, and looks again if it lost."""
+
+    def __init__(self, store: Store, clock: Clock, settings: Settings) -> None:
+        self._store = store
+        self._clock = clock
+        self._settings = settings
+
+    # -- the two sides' requests
+
+    def request_promotion(self, pair_id: PairId, generation: int, host: str, evidence: str) -> Grant:
+        def voice(pair: Pair) -> PairChanges:
+            return {"active_host": host, "active_since": Generation(pair.generation + 1), "step": CATCH_UP[0],
+                    "timeline": {"granted_at": self._clock.now()}, "attempts": 0, "retry_at": 0.0,
+                    "reason": f"failing over from {pair.primary_host} to {host}: {evidence}"}
+        return self._ask(pair_id, lambda pair: judge_promotion(pair, generation, host), voice, evidence)
+
+    def request_degrade(self, pair_id: PairId, generation: int, host: str, reason: str) -> Grant:
+        return self._ask(pair_id, lambda pair: judge_degrade(pair, generation, host),
+                         lambda pair: {"step": CLEANUP, "reason": f"no backup: {reason}", "attempts": 0,
+                                       "retry_at": self._clock.now() + self._settings.retry_s}, reason)
+
+    # -- reports
+
+    def synced(self, pair_id: PairId, generation: int, host: str) -> Grant:
+        return self._ask(pair_id, lambda pair: judge_sync(pair, generation, host),
+                         lambda _: {"step": NOTHING, "reason": "", "progress": 100, "attempts": 0},
+                         "the backup holds a whole epoch")
+
+    def placed(self, pair_id: PairId, generation: int, host: str) -> Grant:
+        return self._ask(pair_id, lambda pair: judge_placed(pair, generation, host),
+                         lambda _: {"step": ENGINES, "reason": "", "progress": 0}, f"the standby is on {host}")
+
+    def promoted(self, pair_id: PairId, generation: int, host: str, timeline: dict[str, float]) -> Grant:
+        def alone(pair: Pair) -> PairChanges:
+            return {"timeline": {**pair.timeline, **timeline},
+                    "reason": f"failed over from {pair.primary_host} to {host}; no backup yet"}
+        return self._ask(pair_id, lambda pair: judge_promoted(pair, generation, host), alone,
+                         f"the guest runs on {host}")
+
+    # -- the manager's own decisions
+
+    def begin(self, pair: Pair | None, instance_id: InstanceId, project_id: str, host: str, pair_id: PairId) -> Pair:
+        """A backup is to be made: a new pair, or the old one enabled or repaired. Raises LostRace."""
+        if pair is None:
+            pair = self._store.add(Pair(
+                id=pair_id, instance_id=instance_id, project_id=project_id, primary_host=host,
+                generation=Generation(1), state=PairState.PENDING, active_host=host, active_since=Generation(1),
+                token=secrets.token_hex(32)))
+            LOG.info("Pair %s generation 1 of server %s: -> %s, cause: protection was asked for", pair.id,
+                     instance_id, pair.state)
+            return pair
+        event = PairEvent.ENABLE if pair.state is PairState.DISABLED else PairEvent.REPAIR
+        fresh: PairChanges = {"primary_host": host, "token": secrets.token_hex(32), "progress": 0, "reason": "",
+                              "step": NOTHING, "backup_id": None, "backup_host": None}
+        if host != pair.active_host:
+            fresh |= {"active_host": host, "active_since": Generation(pair.generation + 1)}
+        return self.apply(pair, event, "protection is asked for", **fresh)
+
+    def disarm(self, pair: Pair, reason: str) -> Pair:
+        """A planned end: no backup can be promoted after the return, whatever happens meanwhile. Raises LostRace
+        when that cannot be had, because one is being promoted.
+
+        A pair whose failover Nova still has to follow stays as it is: its backup speaks already.
+        """
+        for _ in range(_TRIES):
+            if pair.state is PairState.DISABLED or (pair.state is PairState.DEGRADED and pair.step in CATCH_UP):
+                return pair
+            if pair.state is PairState.PROMOTING:
+                break
+            try:
+                return self.give_up(pair, reason)
+            except LostRace:
+                pair = self._store.pair(pair.id)
+        raise LostRace(f"pair {pair.id} is {pair.state} and cannot be disarmed now: wait for the failover to end")
+
+    def give_up(self, pair: Pair, reason: str, failed: bool = False) -> Pair:
+        """Disarms the pair as it was judged, and only then. Raises LostRace.
+
+        failed: the next try is put off, ever longer.
+        """
+        changes: PairChanges = {"step": CLEANUP, "reason": reason}
+        if failed:
+            attempts = pair.attempts + 1
+            changes |= {"attempts": attempts, "retry_at": self._clock.now() + self._settings.back_off(attempts)}
+        return self.apply(pair, PairEvent.DISARM, reason, **changes)
+
+    def fail(self, pair: Pair, reason: str) -> Pair:
+        """Needs a hand. Raises LostRace."""
+        return self.apply(pair, PairEvent.FAIL, reason, step=CLEANUP, reason=reason)
+
+    def apply(self, pair: Pair, event: PairEvent, cause: str, **changes: Unpack[PairChanges]) -> Pair:
+        """One move, written or not at all. Raises IllegalMove, LostRace."""
+        move = rules.move(pair.state, pair.generation, event)
+        changes |= {"state": move.state, "generation": move.generation}
+        moved = self._store.change(pair, **changes)
+        LOG.info("Pair %s generation %d of server %s: %s -> %s, cause: %s", pair.id, moved.generation,
+                 pair.instance_id, pair.state, moved.state, cause)
+        return moved
+
+    def _ask(self, pair_id: PairId, judge: Judge, changes: Callable[[Pair], PairChanges], cause: str) -> Grant:
+        """Judges, writes, and judges again what is there when the write was lost."""
+        for _ in range(_TRIES):
+            try:
+                pair = self._store.pair(pair_id)
+            except PairNotFound as error:
+                return Grant(False, Generation(0), str(error))
+            answer = judge(pair)
+            if isinstance(answer, Grant):
+                if not answer.granted:
+                    LOG.warning("Pair %s generation %d: refused: %s", pair.id, pair.generation, answer.reason)
+                return answer
+            try:
+                return Grant(True, self.apply(pair, answer, cause, **changes(pair)).generation)
+            except LostRace:
+                continue
+        return Grant(False, pair.generation, "the pair changes too fast: ask again")

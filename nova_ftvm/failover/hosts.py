@@ -1,0 +1,88 @@
+"""What the agents report, and what follows from it for engines that are over."""
+
+import re
+from typing import Any
+
+from oslo_log import log
+
+from nova_ftvm.db.records import Engine, Host, Pair
+from nova_ftvm.db.store import Store
+from nova_ftvm.exception import LostRace
+from nova_ftvm.failover.arbiter import ALONE
+from nova_ftvm.failover.settings import Clock
+from nova_ftvm.types import PairState, Role
+
+LOG = log.getLogger(__name__)
+
+#: An engine that was told to stop may show in a report or two after that.
+_LINGER_S = 5.0
+
+
+def is_over(pair: Pair, host: str, engine: Engine) -> bool:
+    """Must this engine's guest be destroyed? A primary whose voice went to another host. No doubt leads here:
+    only a grant changes active_host."""
+    return (engine.role == Role.PRIMARY and host != pair.active_host and engine.generation < pair.active_since)
+
+
+def lingers(pair: Pair, host: str, engine: Engine, now: float) -> bool:
+    """Should this engine have ended, its guest unharmed? Its generation is over, and its stop was not heard."""
+    if engine.generation >= pair.generation or now - pair.moved_at < _LINGER_S or is_over(pair, host, engine):
+        return False
+    if engine.role == Role.BACKUP:
+        return host != pair.active_host
+    return pair.state in ALONE and host == pair.active_host
+
+
+def present(host: Host | None, pair: Pair) -> bool:
+    """Does the host run an engine of the pair's generation?"""
+    return host is not None and any(
+        engine.pair_id == pair.id and engine.generation == pair.generation for engine in host.engines)
+
+
+class Hosts:
+    """Takes the agents' reports."""
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+
+    def report(self, name: str, report: dict[str, Any]) -> list[str]:
+        """Keeps the report; returns the pairs whose engine on this host must be fenced."""
+        engines = tuple(Engine(pair_id=engine["pair_id"], role=engine["role"], generation=engine["generation"],
+                               state=engine.get("state", "")) for engine in report.get("engines", ()))
+        self._store.report(Host(
+            name=name, capable=bool(report["capable"]), reason=report.get("reason", ""),
+            data_address=report.get("data_address", ""), reported_at=self._clock.now(), engines=engines))
+        if not engines:
+            return []
+        pairs: dict[str, Pair] = {pair.id: pair for pair in self._store.pairs([engine.pair_id for engine in engines])}
+        for engine in engines:
+            if engine.pair_id in pairs and _is_first_copy(pairs[engine.pair_id], name, engine):
+                self.progress(pairs[engine.pair_id], engine.state)
+        stale = [engine.pair_id for engine in engines
+                 if (pair := pairs.get(engine.pair_id)) is not None and is_over(pair, name, engine)]
+        for pair_id in stale:
+            LOG.warning("Pair %s generation %d: the old primary on %s is over and is fenced", pair_id,
+                        pairs[pair_id].generation, name)
+        return stale
+
+    def progress(self, pair: Pair, said: str) -> None:
+        """How far the first copy is; written only when it moved, so that updated_at tells a copy that hangs."""
+        reached = percent(said)
+        if pair.state is not PairState.SYNCING or reached == pair.progress:
+            return
+        try:
+            self._store.change(pair, progress=reached)
+        except LostRace:
+            LOG.debug("Pair %s: progress came late", pair.id)
+
+
+def _is_first_copy(pair: Pair, host: str, engine: Engine) -> bool:
+    return (pair.state is PairState.SYNCING and engine.role == Role.PRIMARY and host == pair.primary_host
+            and engine.generation == pair.generation and engine.state.startswith("syncing"))
+
+
+def percent(said: str) -> int:
+    """'40', '40%', '40.5 %' or 'syncing 40 %' as a number of percent; 0 when there is none in it."""
+    found = re.search(r"\d+(\.\d+)?", said)
+    return min(100, int(float(found.group()))) if found else 0

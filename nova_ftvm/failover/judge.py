@@ -1,0 +1,205 @@
+"""What is to be done for one server. PURE: all that is known comes in, one verdict goes out.
+
+Called by reconcile.py, which carries the verdict out. A verdict never hands the voice over: only the two sides'
+own requests to the arbiter do. What the manager sees of the world is old when it sees it, so an armed pair is
+given up only for a reason that has held for a while; its backup may be about to ask for it.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+
+from nova_ftvm.core.request import STATE_KEY, Request
+from nova_ftvm.db.records import Host, Pair
+from nova_ftvm.failover import hosts as agents
+from nova_ftvm.failover.arbiter import CATCH_UP, CLEANUP, NOTHING
+from nova_ftvm.failover.cloud import Server
+from nova_ftvm.failover.pairing import candidates
+from nova_ftvm.failover.settings import Settings
+from nova_ftvm.types import PairState
+
+
+class Act(enum.Enum):
+    """What the reconciler does."""
+
+    WAIT = "nothing, this time"
+    SHOW = "the server shows what its pair says"
+    REFUSE = "the server shows that it is unprotected, and why"
+    TRY = "look closer at the server, and make a pair if nothing stands against it"
+    FOLLOW = "the pair's worker has something to do"
+    DISARM = "the pair is given up"
+    GIVE_UP = "the pair is given up, and tried again later"
+    FAIL = "the pair needs a hand"
+    FORGET = "the row goes"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Verdict:
+    act: Act
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class View:
+    """All that is known about one server. server None: Nova says that it does not exist."""
+
+    server: Server | None
+    request: Request
+    pair: Pair | None
+    #: The server that pair.backup_id names; None: Nova says that it does not exist.
+    backup: Server | None
+    hosts: Mapping[str, Host]
+    now: float
+    settings: Settings
+
+    def alive(self, host: str | None) -> bool:
+        found = self.hosts.get(host or "")
+        return found is not None and found.alive(self.now, self.settings.agent_down_s)
+
+    def older(self, moment: float, age_s: float) -> bool:
+        return self.now - moment > age_s
+
+
+_SHOW, _WAIT, _FOLLOW = Verdict(Act.SHOW), Verdict(Act.WAIT), Verdict(Act.FOLLOW)
+_SWITCHED_OFF = "fault tolerance is switched off: set the property ft to 'true' to protect the server"
+
+
+def judge(view: View) -> Verdict:
+    """The whole judgement; each part below answers, or passes on with None."""
+    if view.server is None:
+        return _without_server(view.pair)
+    pair = view.pair
+    if pair is not None:
+        if pair.state is PairState.PROMOTING:
+            return _promoting(view, pair)
+        if pair.step in CATCH_UP:
+            return _FOLLOW if view.now >= pair.retry_at else _SHOW
+        if pair.step == CLEANUP and pair.state in (PairState.DISABLED, PairState.ERROR):
+            return _FOLLOW
+    if not view.request.wanted:
+        return _unwanted(view, view.server)
+    if pair is not None and pair.state is not PairState.DISABLED:
+        return _armed(view, pair, view.server)
+    return _refused(view, view.server) or _due(view, pair)
+
+
+def _without_server(pair: Pair | None) -> Verdict:
+    gone = "the server was deleted"
+    if pair is None:
+        return _WAIT
+    if pair.step in CATCH_UP and pair.state is PairState.DEGRADED:
+        return _FOLLOW
+    if pair.state is PairState.PROMOTING:
+        return Verdict(Act.FAIL, gone)
+    if pair.state is PairState.DISABLED:
+        return Verdict(Act.FORGET) if pair.step == NOTHING else _FOLLOW
+    return Verdict(Act.DISARM, gone)
+
+
+def _promoting(view: View, pair: Pair) -> Verdict:
+    if view.older(pair.moved_at, view.settings.step_timeout_s):
+        return Verdict(Act.FAIL, f"the backup on {pair.backup_host} did not say that the guest runs: "
+                                 "check that host, then evacuate or hard-reboot the server")
+    return _FOLLOW
+
+
+def _unwanted(view: View, server: Server) -> Verdict:
+    reason = view.request.refusal or _SWITCHED_OFF
+    if view.pair is not None and view.pair.state is not PairState.DISABLED:
+        return Verdict(Act.DISARM, reason)
+    if server.vm_state == "building" or (
+            view.pair is None and not view.request.refusal and STATE_KEY not in server.metadata):
+        return _WAIT
+    return Verdict(Act.REFUSE, reason)
+
+
+def _armed(view: View, pair: Pair, server: Server) -> Verdict:
+    """A pair that is not DISABLED and has no failover under way."""
+    if server.task_state is None and server.host is not None and server.host != pair.primary_host:
+        return Verdict(Act.DISARM, f"the server moved from {pair.primary_host} to {server.host}")
+    if (server.task_state is None and server.vm_state != "active" and pair.state is not PairState.ERROR
+            and view.older(server.updated_at, view.settings.agent_down_s)):
+        return Verdict(Act.DISARM, f"the server is {server.vm_state}")
+    return {PairState.PENDING: _pending, PairState.SYNCING: _syncing, PairState.PROTECTED: _protected,
+            PairState.DEGRADED: _degraded, PairState.ERROR: lambda *_: _SHOW}[pair.state](view, pair)
+
+
+def _pending(view: View, pair: Pair) -> Verdict:
+    if view.backup is not None and view.backup.vm_state == "error":
+        return Verdict(Act.GIVE_UP, f"no host can take the backup: {view.backup.fault or 'its server is in error'}")
+    if view.older(pair.moved_at, view.settings.step_timeout_s):
+        return Verdict(Act.GIVE_UP, f"the backup was not ready after {view.settings.step_timeout_s:g} s")
+    return _backup_lost(view, pair) or _FOLLOW
+
+
+def _syncing(view: View, pair: Pair) -> Verdict:
+    if not view.alive(pair.primary_host):
+        return Verdict(Act.FAIL, f"the agent of {pair.primary_host} was lost before the first copy was whole: "
+                                 "if the host is dead, evacuate the server; if not, start nova-ftvm-agent there")
+    if not view.alive(pair.backup_host):
+        return Verdict(Act.GIVE_UP, f"the agent of {pair.backup_host} was lost during the first copy")
+    if view.backup is not None and view.backup.vm_state == "error":
+        return Verdict(Act.GIVE_UP, f"the backup server failed: {view.backup.fault or 'it is in error'}")
+    if pair.step != NOTHING:
+        return _FOLLOW
+    if view.older(pair.updated_at, view.settings.step_timeout_s):
+        return Verdict(Act.GIVE_UP, f"the first copy has not moved for {view.settings.step_timeout_s:g} s")
+    if _unheard_of(view, pair, pair.primary_host):
+        return Verdict(Act.GIVE_UP, f"the engine on {pair.primary_host} ended during the first copy")
+    return _backup_lost(view, pair) or _SHOW
+
+
+def _protected(view: View, pair: Pair) -> Verdict:
+    """An engine that is left asks the arbiter itself. Only when none is left must somebody else act."""
+    none_left = _unheard_of(view, pair, pair.primary_host) and (
+        not view.alive(pair.backup_host) or _unheard_of(view, pair, pair.backup_host))
+    if none_left:
+        return Verdict(Act.GIVE_UP, f"no engine is left on {pair.primary_host} and {pair.backup_host}")
+    return _backup_lost(view, pair) or _SHOW
+
+
+def _degraded(view: View, pair: Pair) -> Verdict:
+    if pair.step != NOTHING:
+        return _FOLLOW
+    if not view.settings.repair or view.now < pair.retry_at or _refused(view, view.server) is not None:
+        return _SHOW
+    return Verdict(Act.TRY)
+
+
+def _backup_lost(view: View, pair: Pair) -> Verdict | None:
+    if pair.backup_id is None or view.backup is not None:
+        return None
+    return Verdict(Act.GIVE_UP, "its backup server was deleted")
+
+
+def _unheard_of(view: View, pair: Pair, host: str | None) -> bool:
+    """The host's agent lives, has reported since the pair's last move, and lists no engine of the pair."""
+    found = view.hosts.get(host or "")
+    return (view.alive(host) and found is not None and not agents.present(found, pair)
+            and found.reported_at - pair.moved_at > view.settings.agent_down_s)
+
+
+def _refused(view: View, server: Server | None) -> Verdict | None:
+    """Why a server that wants protection and has none cannot get it now; what needs no further question."""
+    if server is None or server.task_state is not None or server.vm_state == "building" or server.host is None:
+        return _WAIT
+    if server.vm_state != "active":
+        return Verdict(Act.REFUSE, f"the server is {server.vm_state}: it is protected once it is active")
+    if view.request.refusal:
+        return Verdict(Act.REFUSE, view.request.refusal)
+    host = view.hosts.get(server.host)
+    if host is None or not host.alive(view.now, view.settings.agent_down_s):
+        return Verdict(Act.REFUSE, f"the agent of {server.host} does not report: start nova-ftvm-agent on that host")
+    if not host.capable:
+        return Verdict(Act.REFUSE, f"host {server.host} cannot protect servers: {host.reason or 'no reason given'}")
+    if not candidates(view.hosts, server.host, view.now, view.settings.agent_down_s):
+        return Verdict(Act.REFUSE, "no other host can hold the backup: start nova-ftvm-agent on another compute host, "
+                                   "and see its log if it runs")
+    return None
+
+
+def _due(view: View, pair: Pair | None) -> Verdict:
+    """A pair that was given up is tried again after a while."""
+    if pair is not None and (view.now < pair.retry_at or not view.older(pair.moved_at, view.settings.settle_s)):
+        return _SHOW
+    return Verdict(Act.TRY)

@@ -1,0 +1,205 @@
+"""Compares Nova's servers with the pairs, and carries out judge.py's verdicts.
+
+Called in a loop by the manager: all servers every [manager]reconcile_interval_s, single ones when a notification
+names them. Notifications are lossy, so nothing depends on them. Each server's failure is its own.
+"""
+
+from collections.abc import Callable, Iterable
+
+from oslo_log import log
+from oslo_utils import uuidutils
+
+from nova_ftvm.core import request
+from nova_ftvm.db.records import Host, Pair
+from nova_ftvm.db.store import Store
+from nova_ftvm.exception import LostRace
+from nova_ftvm.failover import hosts as reports
+from nova_ftvm.failover import shown
+from nova_ftvm.failover.agents import AgentFailed, Agents, said
+from nova_ftvm.failover.arbiter import CATCH_UP, Arbiter
+from nova_ftvm.failover.catchup import CatchUp
+from nova_ftvm.failover.cloud import BACKUP_PREFIX, PRIMARY_KEY, Cloud, CloudRefused, CloudUnavailable, Server
+from nova_ftvm.failover.judge import Act, Verdict, View, judge
+from nova_ftvm.failover.pairing import Pairing
+from nova_ftvm.failover.settings import Clock, Settings
+from nova_ftvm.types import InstanceId, PairId, PairState
+
+LOG = log.getLogger(__name__)
+
+_NOTHING_ASKED = request.Request(False)
+
+
+class Reconciler:
+    """One pass at a time; see Manager for the loop."""
+
+    def __init__(self, store: Store, arbiter: Arbiter, cloud: Cloud, agents: Agents, pairing: Pairing,
+                 catch_up: CatchUp, clock: Clock, settings: Settings, follow: Callable[[PairId], None]) -> None:
+        """follow: hands a pair to its worker."""
+        self._store = store
+        self._arbiter = arbiter
+        self._cloud = cloud
+        self._agents = agents
+        self._pairing = pairing
+        self._catch_up = catch_up
+        self._clock = clock
+        self._settings = settings
+        self._follow = follow
+
+    def all(self) -> None:
+        """One whole comparison. Raises CloudUnavailable when Nova does not answer."""
+        # The pairs BEFORE the servers: what a pair names was there when the servers were listed.
+        pairs = {pair.instance_id: pair for pair in self._store.pairs()}
+        servers = {server.id: server for server in self._cloud.servers()}
+        hosts = self._store.hosts()
+        for server in servers.values():
+            if not self._is_ours(server):
+                self._one(server, pairs.get(InstanceId(server.id)), servers, hosts)
+        for pair in pairs.values():
+            if pair.instance_id not in servers:
+                self._unlisted(pair, servers, hosts)
+        self._sweep(servers.values())
+        self._stop_lingering(hosts)
+        self._lift_hosts(hosts)
+
+    def some(self, server_ids: Iterable[str]) -> None:
+        """The servers that notifications named: protected ones, or backups of such."""
+        hosts = self._store.hosts()
+        for server_id in server_ids:
+            pair = self._store.pair_of(InstanceId(server_id)) or self._store.pair_of_backup(server_id)
+            server = self._cloud.server(pair.instance_id if pair is not None else server_id)
+            if server is None and pair is not None:
+                self._unlisted(pair, {}, hosts)
+            elif server is not None and not self._is_ours(server):
+                self._one(server, pair, {}, hosts)
+
+    def _is_ours(self, server: Server) -> bool:
+        return server.project_id == self._cloud.service_project()
+
+    # -- one server
+
+    def _one(self, server: Server | None, pair: Pair | None, known: dict[str, Server], hosts: dict[str, Host]) -> None:
+        asked = _NOTHING_ASKED if server is None else request.read(server.metadata, server.extra_specs)
+        if pair is None and not asked.wanted and not asked.refusal and (
+                server is None or request.STATE_KEY not in server.metadata):
+            return
+        try:
+            view = View(server=server, request=asked, pair=pair, backup=self._backup(pair, known), hosts=hosts,
+                        now=self._clock.now(), settings=self._settings)
+            self._carry_out(judge(view), view)
+        except LostRace as error:
+            LOG.debug("Left to the next pass: %s", error)
+        except (CloudRefused, CloudUnavailable) as error:
+            LOG.warning("Server %s is left to the next pass: %s", server.id if server else pair and pair.instance_id,
+                        error)
+
+    def _backup(self, pair: Pair | None, known: dict[str, Server]) -> Server | None:
+        if pair is None or pair.backup_id is None:
+            return None
+        return known.get(pair.backup_id) or self._cloud.server(pair.backup_id)
+
+    def _unlisted(self, pair: Pair, known: dict[str, Server], hosts: dict[str, Host]) -> None:
+        """A list may miss a server; only an explicit answer says that it is gone."""
+        try:
+            server = self._cloud.server(pair.instance_id)
+        except (CloudRefused, CloudUnavailable) as error:
+            LOG.warning("Server %s is left to the next pass: %s", pair.instance_id, error)
+            return
+        self._one(server, pair, known, hosts)
+
+    def _carry_out(self, verdict: Verdict, view: View) -> None:
+        pair, server = view.pair, view.server
+        match verdict.act, pair, server:
+            case Act.TRY, _, Server():
+                self._try(server, pair, view)
+            case Act.REFUSE, _, Server():
+                self._refuse(server, pair, verdict.reason)
+            case Act.SHOW, Pair(), Server():
+                shown.show(self._cloud, server, pair.state, shown.sentence(pair))
+            case Act.FOLLOW, Pair(), _:
+                self._follow(pair.id)
+            case (Act.DISARM | Act.GIVE_UP), Pair(), _:
+                self._arbiter.give_up(pair, verdict.reason, failed=verdict.act is Act.GIVE_UP)
+                self._follow(pair.id)
+            case Act.FAIL, Pair(), _:
+                self._arbiter.fail(pair, verdict.reason)
+                self._follow(pair.id)
+            case Act.FORGET, Pair(), _:
+                self._store.forget(pair)
+                LOG.info("Pair %s generation %d: forgotten with its server %s", pair.id, pair.generation,
+                         pair.instance_id)
+
+    def _refuse(self, server: Server, pair: Pair | None, reason: str) -> None:
+        if pair is not None and pair.state is PairState.DISABLED and pair.reason != reason:
+            self._store.change(pair, reason=reason)
+        state = PairState.DISABLED if pair is None else pair.state
+        shown.show(self._cloud, server, state, reason)
+
+    def _try(self, server: Server, pair: Pair | None, view: View) -> None:
+        """What costs questions: the shape, then the domain; then the pair."""
+        assert server.host is not None
+        instance_id = InstanceId(server.id)
+        obstacle = self._obstacle(server) or self._unarmed(server.host, instance_id)
+        if obstacle:
+            if pair is None or pair.state is PairState.DISABLED:
+                self._refuse(server, pair, obstacle)
+            return
+        begun = self._arbiter.begin(pair, instance_id, server.project_id, server.host,
+                                    PairId(uuidutils.generate_uuid()))
+        self._follow(begun.id)
+
+    def _obstacle(self, server: Server) -> str:
+        return request.obstacle(request.Shape(
+            extra_specs=server.extra_specs, image_properties=server.image_properties,
+            has_image=bool(server.image_id), volumes=server.volumes,
+            vnic_types=[port.vnic_type for port in self._cloud.ports(server.id)]))
+
+    def _unarmed(self, host: str, instance_id: InstanceId) -> str:
+        try:
+            domain = self._agents.describe_domain(host, instance_id)
+        except AgentFailed as error:
+            return f"the agent of {host} does not describe the server's domain: {said(error)}"
+        if domain["armed"]:
+            return ""
+        why = domain.get("reason") or "its domain was started without what protection needs"
+        return f"hard-reboot the server: {why}"
+
+    # -- what belongs to no server
+
+    def _sweep(self, servers: Iterable[Server]) -> None:
+        """Backup servers that no pair names. The rows are read again: a young pair may have named it meanwhile."""
+        suspects = [server for server in servers if self._is_ours(server) and PRIMARY_KEY in server.metadata
+                    and server.name.startswith(BACKUP_PREFIX) and server.task_state != "deleting"]
+        if not suspects:
+            return
+        pairs = self._store.pairs()
+        named = {pair.backup_id for pair in pairs}
+        unsure = {pair.instance_id for pair in pairs if pair.state is PairState.PENDING and pair.backup_id is None}
+        for server in suspects:
+            if server.id in named or server.metadata[PRIMARY_KEY] in unsure:
+                continue
+            LOG.warning("Backup server %s belongs to no pair and is deleted", server.id)
+            try:
+                self._cloud.delete_server(server.id)
+            except (CloudRefused, CloudUnavailable) as error:
+                LOG.warning("Backup server %s is left to the next pass: %s", server.id, error)
+
+    def _stop_lingering(self, hosts: dict[str, Host]) -> None:
+        """Engines whose stop was not heard."""
+        now = self._clock.now()
+        listed = [(host, engine) for host in hosts.values() if host.alive(now, self._settings.agent_down_s)
+                  for engine in host.engines]
+        if not listed:
+            return
+        pairs: dict[str, Pair] = {pair.id: pair for pair in self._store.pairs()}
+        for host, engine in listed:
+            pair = pairs.get(engine.pair_id)
+            if pair is not None and reports.lingers(pair, host.name, engine, now):
+                self._pairing.stop_engine(pair, host.name)
+
+    def _lift_hosts(self, hosts: dict[str, Host]) -> None:
+        """Hosts that we forced down, whose agent has reported since, and from which no server is being moved."""
+        busy = {pair.primary_host for pair in self._store.pairs()
+                if pair.state is PairState.PROMOTING or pair.step in CATCH_UP}
+        for host in hosts.values():
+            if host.forced_down_by_us and host.reported_at > host.forced_at and host.name not in busy:
+                self._catch_up.lift(host.name)
