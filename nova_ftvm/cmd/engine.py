@@ -120,7 +120,11 @@ def run_primary(order: Order, control: ControlServer) -> int:
         control=control, pidfd=pidfd, watchdog=Watchdog(order.hold_limit_ms / 1000),
         stats=EpochLog(order.path("epochs.jsonl")), frame_limit=order.frame_limit_bytes)
     control.report("started")
-    phase = engine.run()
+    try:
+        phase = engine.run()
+    finally:
+        # Before the farewell: whatever ended the engine, a guest that waits at the gate runs on.
+        gate.close()
     control.report("ended", phase=phase.name.lower())
     return ENDED
 

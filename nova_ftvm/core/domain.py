@@ -85,7 +85,6 @@ def standby(domain_xml: str, monitor_path: str, mark: StandbyMark, interfaces: M
     for resource in root.findall("resource"):
         if resource.findtext("partition") == "/machine":
             root.remove(resource)
-    _share_memory(root)
     _float_vcpus(root, cpuset)
     for disk in root.findall("./devices/disk"):
         _forget_chain(disk)
@@ -228,16 +227,6 @@ def _refuse_what_stays(root: ElementTree.Element) -> None:
                        ("./devices/filesystem", "a shared folder"), ("./devices/memory", "a memory device")):
         if root.find(path) is not None:
             raise Unsupported(f"{what} cannot be checkpointed")
-
-
-def _share_memory(root: ElementTree.Element) -> None:
-    backing = _child(root, "memoryBacking")
-    _remove(backing, "source", "access")
-    ElementTree.SubElement(backing, "source", {"type": "memfd"})
-    ElementTree.SubElement(backing, "access", {"mode": "shared"})
-    for cell in root.findall("./cpu/numa/cell"):
-        if "memAccess" in cell.attrib:
-            cell.set("memAccess", "shared")
 
 
 def _float_vcpus(root: ElementTree.Element, cpuset: str | None) -> None:

@@ -113,7 +113,7 @@ class Agent:
 
     def start_backup(self, pair_id: str, generation: int, instance_id: str, token: str) -> dict[str, Any]:
         watched = self._start(Role.BACKUP, pair_id, generation, instance_id, token, self._data_address, 0)
-        if not watched.listening.wait(_LISTEN_LIMIT_S):
+        if not watched.listening.wait(_LISTEN_LIMIT_S) or not watched.port:
             watched.engine.kill()
             raise FtvmError(watched.failure or f"the backup's engine was not ready within {_LISTEN_LIMIT_S:g} s")
         return {"address": self._data_address, "port": watched.port}
@@ -127,7 +127,8 @@ class Agent:
         stopped = True
         for role in Role:
             watched = self._engines.get((pair_id, role.value))
-            if watched is None:
+            if watched is None or watched.engine.generation > generation:
+                # An order that was long on its way must not end what began after it.
                 continue
             if watched.promoted:
                 stopped = False
@@ -137,6 +138,10 @@ class Agent:
 
     def fence(self, pair_id: str, generation: int, instance_id: str) -> dict[str, Any]:
         watched = self._engines.get((pair_id, Role.PRIMARY.value))
+        if watched is not None and watched.engine.generation >= generation:
+            LOG.warning("pair %s: an order to fence of generation %d came late, at %d: nothing is done", pair_id,
+                        generation, watched.engine.generation)
+            return {}
         if watched is not None:
             watched.ended = True
             watched.engine.order("fence", reason=f"generation {generation} is over")
@@ -165,22 +170,25 @@ class Agent:
     def report(self) -> None:
         """One sign of life. Raises rpc.common.Failed."""
         with self._lock:
-            engines = [{"pair_id": w.engine.pair_id, "instance_id": w.engine.instance_id, "role": w.engine.role,
-                        "generation": w.engine.generation, "state": w.state} for w in self._engines.values()]
+            reported = list(self._engines.values())
+        engines = [{"pair_id": w.engine.pair_id, "instance_id": w.engine.instance_id, "role": w.engine.role,
+                    "generation": w.engine.generation, "state": w.state} for w in reported]
         answer = self._manager.agent_report(self._host, {
             "capable": not self._missing, "reason": "; ".join(self._missing), "data_address": self._data_address,
             "engines": engines})
-        for pair_id in answer.get("stale", ()):
-            self._end_stale(pair_id)
+        stale = frozenset(answer.get("stale", ()))
+        for watched in reported:
+            # Only what was reported: an engine that was started since is of a newer generation.
+            if watched.engine.pair_id in stale:
+                self._end_stale(watched)
 
-    def _end_stale(self, pair_id: str) -> None:
-        primary = self._engines.get((pair_id, Role.PRIMARY.value))
-        if primary is not None:
-            LOG.warning("pair %s: generation %d is over, the guest here is fenced", pair_id, primary.engine.generation)
-            primary.engine.order("fence", reason="the generation is over")
-        backup = self._engines.get((pair_id, Role.BACKUP.value))
-        if backup is not None and not backup.promoted:
-            self._stop(backup, "the generation is over")
+    def _end_stale(self, watched: _Watched) -> None:
+        if watched.engine.role == Role.PRIMARY:
+            LOG.warning("pair %s: generation %d is over, the guest here is fenced", watched.engine.pair_id,
+                        watched.engine.generation)
+            watched.engine.order("fence", reason="the generation is over")
+        elif not watched.promoted:
+            self._stop(watched, "the generation is over")
 
     def _start(self, role: Role, pair_id: str, generation: int, instance_id: str, token: str, address: str,
                port: int) -> _Watched:
@@ -188,6 +196,8 @@ class Agent:
         if old is not None:
             if old.engine.generation == generation:
                 return old
+            if old.engine.generation > generation:
+                raise FtvmError(f"generation {generation} is over, the engine here is of {old.engine.generation}")
             self._stop(old, f"generation {generation} begins")
         LOG.info("pair %s: starting the %s engine of generation %d, server %s", pair_id, role, generation, instance_id)
         return self._watch(self._start_engine({
@@ -208,8 +218,9 @@ class Agent:
         if not watched.engine.wait(_STOP_LIMIT_S):
             LOG.warning("pair %s: the %s engine did not end, it is killed", watched.engine.pair_id, watched.engine.role)
             watched.engine.kill()
-            if watched.engine.role == Role.PRIMARY:
-                self._unbuffer(watched)
+        if watched.engine.role == Role.PRIMARY and watched.state != "ended":
+            # It was killed, or died on the way: what it held is still held.
+            self._unbuffer(watched)
         if watched.engine.role == Role.BACKUP and not watched.promoted:
             self._guests.destroy(watched.engine.instance_id)
 
@@ -219,8 +230,13 @@ class Agent:
         event = report["event"]
         watched.state = event if event != "gone" else watched.state
         handler = getattr(self, f"_on_{event}", None)
-        if handler is not None:
+        if handler is None:
+            return
+        try:
             handler(watched, report)
+        except FtvmError as error:
+            # libvirt is away, for one. The reader has to go on: the next report may be the one that matters.
+            LOG.error("pair %s: after '%s': %s", watched.engine.pair_id, event, error)
 
     def _on_listening(self, watched: _Watched, report: Report) -> None:
         watched.port = report["port"]
@@ -277,6 +293,7 @@ class Agent:
             key = (watched.engine.pair_id, watched.engine.role)
             if self._engines.get(key) is watched:
                 del self._engines[key]
+        watched.listening.set()
         if watched.ended:
             return
         reason = watched.failure or f"the {watched.engine.role} engine died"

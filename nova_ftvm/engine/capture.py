@@ -41,7 +41,7 @@ class Checkpoint:
     @property
     def pause_ms(self) -> float:
         """From QEMU's STOP event to its RESUME event."""
-        return (self.resumed_us - self.stopped_us) / 1000
+        return (self.resumed_us - self.stopped_us) / 1000 if self.resumed_us else 0.0
 
     @property
     def page_count(self) -> int:
@@ -83,6 +83,9 @@ class Conversation:
             event = self._event(message) if "event" in message else self._answer(message)
             if event:
                 yield event
+            if event is GuestEvent.RESUMED and self.current.stopped_us and not self.current.resumed_us:
+                # The STOP was somebody else's, just before our batch: QEMU saved a stopped guest, and left it so.
+                yield GuestEvent.PAUSED
 
     def _event(self, message: ports.Message) -> GuestEvent | None:
         name = message["event"]

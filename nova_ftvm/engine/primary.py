@@ -146,7 +146,9 @@ class PrimaryEngine:
             what = order["do"]
             if what == "grant":
                 grant = Grant(order["granted"], Generation(order["generation"]), order["reason"])
-                self._do(self._loop.on_grant(grant))
+                # Refused within our own generation: not now. The loop asks again.
+                if grant.granted or grant.generation != self._generation:
+                    self._do(self._loop.on_grant(grant))
             elif what == "stop":
                 self._do(self._loop.on_stop(order["reason"]))
             elif what == "fence":

@@ -166,14 +166,12 @@ class Arbiter:
 
     def disarm(self, pair: Pair, reason: str) -> Pair:
         """A planned end: no backup can be promoted after the return, whatever happens meanwhile. Raises LostRace
-        when that cannot be had, because one is being promoted.
-
-        A pair whose failover Nova still has to follow stays as it is: its backup speaks already.
+        when that cannot be had: one was promoted, and until Nova has followed, the caller may be the old host.
         """
         for _ in range(_TRIES):
-            if pair.state is PairState.DISABLED or (pair.state is PairState.DEGRADED and pair.step in CATCH_UP):
+            if pair.state is PairState.DISABLED:
                 return pair
-            if pair.state is PairState.PROMOTING:
+            if pair.step in CATCH_UP:
                 break
             try:
                 return self.give_up(pair, reason)

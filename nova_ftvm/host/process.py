@@ -23,6 +23,8 @@ Report = dict[str, Any]
 
 _CONNECT_PAUSE_S = 0.02
 _KILL_WAIT_S = 5.0
+#: An engine that accepts but does not say who it is hangs.
+_GREETING_S = 5.0
 
 
 class EngineLost(FtvmError):
@@ -38,15 +40,24 @@ class EngineProcess:
         # SO_PEERCRED names the process that called listen(): the engine.
         credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         self.pid = int.from_bytes(credentials[:4], sys.byteorder)
+        self._gone = threading.Event()
         self._lines = self._socket.makefile("r", encoding="utf-8")
-        identity = json.loads(self._lines.readline() or "{}")
+        self._socket.settimeout(max(timeout_s, _GREETING_S))
+        try:
+            identity = json.loads(self._lines.readline() or "{}")
+        except TimeoutError as error:
+            # Nothing that it holds is lost: its guest runs on, and its backup has asked for the pair long since.
+            os.kill(self.pid, signal.SIGKILL)
+            raise EngineLost(f"the engine at {control_path} hung, it was killed") from error
+        except (OSError, ValueError):
+            identity = {}
+        self._socket.settimeout(None)
         if identity.get("event") != "hello":
             raise EngineLost(f"no engine answers at {control_path}")
         self.role: str = identity["role"]
         self.pair_id: str = identity["pair_id"]
         self.generation: int = identity["generation"]
         self.instance_id: str = identity["instance_id"]
-        self._gone = threading.Event()
 
     def listen(self, on_report: Callable[["EngineProcess", Report], None]) -> None:
         """Starts the reader thread."""

@@ -34,7 +34,8 @@ class Client:
 
     def __init__(self, transport: oslo_messaging.Transport, topic: str, timeout_s: float) -> None:
         target = oslo_messaging.Target(exchange=EXCHANGE, topic=topic, version=VERSION)
-        self._client = oslo_messaging.get_rpc_client(transport, target)
+        # Without a limit the sending itself would wait for a broker that is away, whatever the answer's deadline.
+        self._client = oslo_messaging.get_rpc_client(transport, target, retry=1)
         self._timeout_s = timeout_s
 
     def call(self, method: str, server: str | None = None, timeout_s: float | None = None, **arguments: Any) -> Any:

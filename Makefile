@@ -1,0 +1,43 @@
+# setup   prepares the machine: Debian packages, build/venv, the guest
+# lab     brings the lab up; ftvm-lab in build/venv/bin talks to it
+# demo    kills a protected server's host under traffic, RUNS times
+# test    lint, then all tests; takes the lab down before and after
+# clean   takes the lab down and removes what was built
+
+SHELL := /bin/bash
+BIN := $(CURDIR)/build/venv/bin
+PYTEST := $(BIN)/python -m pytest
+RUNS ?= 1
+TEST_LAB_DIR ?= /var/tmp/ftvm-lab-test
+
+export PATH := $(BIN):$(PATH)
+
+.PHONY: setup lab demo test lint clean
+
+setup:
+	@lab/setup.sh
+
+lab: setup
+	@ftvm-lab status >/dev/null 2>&1 || { ftvm-lab down; ftvm-lab up; }
+
+demo: setup
+	@python -m ftvm_lab.demo --runs $(RUNS) --output build/demo.json
+
+lint: setup
+	ruff check .
+	bashate --max-line-length 110 lab/setup.sh
+	mypy
+	mypy --config-file lab/pyproject.toml lab/ftvm_lab tests/system
+
+# One recipe, so that the lab is down at its end, however it ends.
+test: export FTVM_LAB_DIR := $(TEST_LAB_DIR)
+test: lint
+	@set -e; ftvm-lab down --wipe; trap 'ftvm-lab down --wipe' EXIT; \
+	timeout 300 $(PYTEST) tests/unit; \
+	timeout 300 $(PYTEST) tests/host; \
+	timeout 600 $(PYTEST) tests/functional; \
+	timeout 900 $(PYTEST) tests/system
+
+clean:
+	@if [ -x $(BIN)/ftvm-lab ]; then ftvm-lab down --wipe; fi
+	rm -rf build

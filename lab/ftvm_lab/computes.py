@@ -1,0 +1,76 @@
+"""A compute host's life: power on, services, power failure, cut links."""
+
+from pathlib import Path
+
+from ftvm_lab import network
+from ftvm_lab.command import LabError, wait_until
+from ftvm_lab.ftvm_settings import FILE_NAME
+from ftvm_lab.layout import BACKGROUND, Layout, Node
+from ftvm_lab.machine import Machine
+
+AGENT = "nova-ftvm-agent"
+COMPUTE = "nova-compute"
+LIBVIRT_SOCKET = "run/libvirt/libvirt-sock"
+
+
+def services(plain: bool) -> tuple[str, ...]:
+    """In the order of their start."""
+    return ("taps", "libvirtd", *(() if plain else (AGENT,)), COMPUTE)
+
+
+def is_plain(layout: Layout) -> bool:
+    return (layout.conf / "plain").exists()
+
+
+def power_on(layout: Layout, node: Node) -> None:
+    """Boots the host and starts its services. The control plane has to be up."""
+    boot(layout, node)
+    start(Machine(layout, node), COMPUTE)
+
+
+def boot(layout: Layout, node: Node) -> None:
+    """Boots the host, and starts what needs no API; libvirtd answers when it returns."""
+    if node.namespace in network.namespaces():
+        raise LabError(f"{node.name} is on already")
+    for name in ("log", "locks", "nova/instances"):
+        (layout.outside(node) / name).mkdir(parents=True, exist_ok=True)
+    network.create_host(node)
+    machine = Machine(layout, node)
+    machine.boot()
+    for service in services(is_plain(layout)):
+        if service != COMPUTE:
+            start(machine, service)
+
+
+def start(machine: Machine, service: str) -> None:
+    niceness = BACKGROUND if service == COMPUTE else 0
+    machine.start(service, _command(machine.layout, service), niceness=niceness)
+    if service == "libvirtd":
+        socket = Path(f"/proc/{machine.pid1()}/root") / LIBVIRT_SOCKET
+        wait_until(f"libvirtd on {machine.node.name}", socket.exists, timeout_s=30)
+
+
+def _command(layout: Layout, service: str) -> list[str]:
+    programs = layout.venv / "bin"
+    commands = {
+        "taps": [str(programs / "python"), "-m", "ftvm_lab.taps"],
+        "libvirtd": ["/usr/sbin/libvirtd", "--listen"],
+        AGENT: [str(programs / AGENT), "--config-file", str(layout.host / FILE_NAME)],
+        COMPUTE: [
+            *(str(programs / COMPUTE), "--config-file", str(layout.host / "nova.conf")),
+            *("--log-file", str(layout.host / "log/nova-compute.log")),
+        ],
+    }
+    return commands[service]
+
+
+def kill(layout: Layout, node: Node) -> None:
+    """A power failure.
+
+    The links go first: the kernel closes a killed process's connections, and a
+    host without power tells nobody. The namespace goes last, with what the host's
+    kernel still remembered.
+    """
+    network.unplug(node)
+    Machine(layout, node).kill()
+    network.remove_host(node)

@@ -1,0 +1,70 @@
+"""Fixtures of the tests on a real kernel and a real QEMU. A test that needs a guest is skipped only without its door."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.host import machine
+from tests.host.machine import Network, Qemu
+
+#: A guest's workloads on the kernel's command line; see guest/work.c.
+IDLE, CHURN, DISK, DATAGRAMS = "idle", "churn", "disk", "datagrams"
+
+
+@pytest.fixture(scope="session")
+def needs_guests() -> None:
+    if reason := machine.lacking():
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def ramdisk(needs_guests: None) -> Path:
+    work = machine.ROOT / "build" / "test-guest"
+    work.mkdir(parents=True, exist_ok=True)
+    return machine.ramdisk(work)
+
+
+@pytest.fixture(scope="session")
+def network(needs_guests: None) -> Iterator[Network]:
+    made = Network()
+    yield made
+    made.remove()
+
+
+Launch = Callable[..., Qemu]
+
+
+def launcher(stack: ExitStack, folder: Path, ramdisk: Path, network: Network) -> Launch:
+    """launch(side, *, work, machine_type, vcpus, extra, standby): a QEMU that ends with the stack."""
+    numbers = itertools.count(1)
+
+    def launch(side: str = "p", *, work: str = IDLE, machine_type: str = "pc", vcpus: int = 1,
+               extra: tuple[str, ...] = (), standby: bool = False) -> Qemu:
+        own = folder / f"{side}{next(numbers)}"
+        own.mkdir()
+        qemu = Qemu(own, [
+            "-M", machine_type, "-accel", "tcg", "-m", str(machine.MEMORY_MIB), "-smp", str(vcpus), "-nodefaults",
+            "-display", "none", "-vga", "std", "-kernel", str(machine.LAB_GUEST / "kernel"), "-initrd", str(ramdisk),
+            "-append", f"console=ttyS0 quiet tsc=unstable ftvm.work={work}",
+            "-netdev", f"tap,id=hostnet0,ifname=tap-{side},script=no,downscript=no",
+            "-device", "virtio-net-pci,id=net0,netdev=hostnet0,mac=52:54:00:00:00:01", "-device", "virtio-rng-pci",
+            "-device", "virtio-balloon-pci", *extra, *(["-incoming", "defer", "-S"] if standby else [])], network)
+        stack.callback(qemu.kill)
+        return qemu
+
+    return launch
+
+
+@pytest.fixture
+def launch(tmp_path: Path, ramdisk: Path, network: Network) -> Iterator[Launch]:
+    with ExitStack() as stack:
+        yield launcher(stack, tmp_path, ramdisk, network)
+
+
+@pytest.fixture(scope="module")
+def module_launch(tmp_path_factory: pytest.TempPathFactory, ramdisk: Path, network: Network) -> Iterator[Launch]:
+    with ExitStack() as stack:
+        yield launcher(stack, tmp_path_factory.mktemp("guests"), ramdisk, network)

@@ -1,0 +1,152 @@
+"""An engine dies, hangs or is stopped at each named point: the guest runs on, silent until somebody may release it.
+
+One guest lives through all of it; its workload checks its memory all the time, its session is checked by each case.
+"""
+
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from nova_ftvm.engine.faults import Fault
+from tests.host.conftest import CHURN, Launch
+from tests.host.machine import ORDER, Network, Qemu, Session, wait_for
+from tests.host.protection import Protection, protected
+
+#: What a busy machine may add to the watchdog's limit.
+SLACK_S = 1.0
+#: How often a point is passed before it harms: checkpoints on the primary; on the backup also pieces of the first copy.
+PASSES = {"primary": 30, "backup": 160}
+
+ON_BACKUP = (Fault.BEFORE_APPLY, Fault.APPLIED)
+IN_PROMOTION = (Fault.BEFORE_LOAD, Fault.LOADED)
+ON_PRIMARY = tuple(fault for fault in Fault if fault not in ON_BACKUP + IN_PROMOTION)
+HOWS = ("kill", "hang", "stop")
+
+
+@pytest.fixture(scope="module")
+def primary(module_launch: Launch) -> Qemu:
+    guest = module_launch("p", work=CHURN)
+    guest.await_boot()
+    return guest
+
+
+@pytest.fixture
+def standby(launch: Launch) -> Qemu:
+    return launch("b", work=CHURN, standby=True)
+
+
+@pytest.fixture
+def session(primary: Qemu, network: Network) -> Iterator[Session]:
+    made = Session(network)
+    made.exchange()
+    yield made
+    made.close()
+
+
+def ask_until_silence(session: Session) -> tuple[bytes, float]:
+    """(the reply that is held, when the last one before it came)."""
+    heard = time.monotonic()
+    while True:
+        unanswered = session.send()
+        if not session.hears_within(0.3):
+            return unanswered, heard
+        session.receive(unanswered)
+        heard = time.monotonic()
+        assert session.count < 2000, "the fault did not come"
+
+
+def stays_silent(session: Session) -> bool:
+    return not session.hears_within(0.4)
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("point", ON_PRIMARY, ids=lambda point: point.value)
+def test_the_guest_runs_on_in_silence_when_its_engine_fails(point: Fault, how: str, primary: Qemu, standby: Qemu,
+                                                            session: Session) -> None:
+    with protected(primary, standby, primary_fault=f"{point.value}:{how}:{PASSES['primary']}") as pair:
+        unanswered, heard = ask_until_silence(session)
+        assert primary.is_running()
+        bound_s = ORDER["hold_limit_ms"] / 1000 + SLACK_S
+        assert time.monotonic() - heard < bound_s, "the guest was held for longer than the watchdog allows"
+        primary.await_ticks()
+        assert "no heartbeat" in pair.backup.hear("ask_promotion")["evidence"]
+        assert stays_silent(session), "output left that nobody may release"
+        if how == "kill":
+            assert pair.primary.ended()
+        pair.end()
+        session.receive(unanswered)
+        session.exchange(5)
+        primary.await_sound("churn")
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("point", ON_BACKUP, ids=lambda point: point.value)
+def test_the_primary_goes_on_alone_by_grant_when_the_backups_engine_fails(
+        point: Fault, how: str, primary: Qemu, standby: Qemu, session: Session) -> None:
+    with protected(primary, standby, backup_fault=f"{point.value}:{how}:{PASSES['backup']}") as pair:
+        unanswered, _ = ask_until_silence(session)
+        assert pair.primary.hear("ask_degrade", 5.0)["reason"]
+        assert primary.is_running()
+        assert stays_silent(session), "output left that nobody granted"
+        pair.primary.grant()
+        session.receive(unanswered)
+        session.exchange(5)
+        assert pair.primary.hear("ended")["phase"] == "alone"
+        wait_for("the primary's engine ends", lambda: pair.primary.ended())
+        assert pair.primary.process.returncode == 0
+        primary.await_sound("churn")
+
+
+@pytest.mark.parametrize(("point", "left_in"), [(Fault.BEFORE_LOAD, "inmigrate"), (Fault.LOADED, "paused")],
+                         ids=["before-load", "loaded"])
+def test_a_promotion_that_dies_half_way_leaves_no_running_guest(point: Fault, left_in: str, primary: Qemu,
+                                                                standby: Qemu, session: Session) -> None:
+    with protected(primary, standby, backup_fault=f"{point.value}:kill") as pair:
+        session.exchange(5)
+        pair.primary.kill()
+        pair.backup.hear("ask_promotion")
+        pair.backup.grant()
+        wait_for("the backup's engine dies", lambda: pair.backup.ended())
+        assert pair.backup.heard("promoted") is None
+        assert standby.operator.command("query-status")["status"] == left_in
+
+
+def test_a_refused_primary_is_fenced_with_its_output_unsaid(primary: Qemu, standby: Qemu, session: Session) -> None:
+    with protected(primary, standby) as pair:
+        session.exchange(5)
+        pair.backup.kill()
+        unanswered = session.send()
+        pair.primary.hear("ask_degrade")
+        pair.primary.order("grant", granted=False, generation=2, reason="the backup was promoted")
+        assert pair.primary.hear("fenced")["reason"] == "the backup was promoted"
+        assert stays_silent(session)
+        pair.end()
+        session.receive(unanswered)
+
+
+def test_a_planned_end_releases_everything_and_leaves_no_standby(primary: Qemu, standby: Qemu,
+                                                                 session: Session) -> None:
+    with protected(primary, standby) as pair:
+        session.exchange(5)
+        unanswered = session.send()
+        pair.primary.order("stop", reason="switched off")
+        session.receive(unanswered)
+        session.exchange(5)
+        assert pair.primary.hear("ended")["phase"] == "ended"
+        assert pair.backup.hear("ended")["phase"] == "given up"
+        assert pair.backup.heard("ask_promotion") is None
+
+
+def protection_goes_on(pair: Protection, session: Session) -> None:
+    session.exchange(5)
+    assert not pair.primary.ended() and not pair.backup.ended()
+
+
+def test_a_stranger_on_the_synchronisation_port_changes_nothing(primary: Qemu, standby: Qemu,
+                                                                session: Session) -> None:
+    with protected(primary, standby) as pair:
+        with socket.create_connection(("127.0.0.1", pair.port)) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" * 100)
+            protection_goes_on(pair, session)

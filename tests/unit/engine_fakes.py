@@ -1,0 +1,259 @@
+"""The engines' ports, faked: a QEMU that says what the test wants, RAM in a dict, a peer on a real socket."""
+
+import collections
+import json
+import os
+import select
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from nova_ftvm.core import dirty, wire
+from nova_ftvm.exception import GuestGone
+from nova_ftvm.types import PAGE, Epoch, Generation, RamBlock
+from tests.unit.frames import BLOCKS, GENERATION, LIMIT
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname())
+        theirs, _ = listener.accept()
+    theirs.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return ours, theirs
+
+
+class Bell:
+    """A descriptor that can be waited for."""
+
+    def __init__(self) -> None:
+        self._fd = os.eventfd(0, os.EFD_NONBLOCK)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def ring(self) -> None:
+        os.eventfd_write(self._fd, 1)
+
+    def hush(self) -> None:
+        if self.rings():
+            os.eventfd_read(self._fd)
+
+    def rings(self) -> bool:
+        return bool(select.select([self._fd], [], [], 0)[0])
+
+
+class FakeQemu(Bell):
+    """ports.Monitor. `sent`: names of the commands that came, by `send` and by `command`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[str] = []
+        self.answers: dict[str, list[Any]] = collections.defaultdict(list)
+        self._messages: list[dict[str, Any]] = []
+        self.gone = False
+
+    def say(self, *messages: dict[str, Any]) -> None:
+        self._messages += messages
+        self.ring()
+
+    def event(self, name: str, milliseconds: float = 0) -> None:
+        self.say({"event": name, "timestamp": {"seconds": 1, "microseconds": int(milliseconds * 1000)}})
+
+    def answer(self, ident: str, error: str = "") -> None:
+        self.say({"id": ident, "error": {"desc": error}} if error else {"id": ident, "return": {}})
+
+    def send(self, lines: bytes) -> None:
+        if self.gone:
+            raise GuestGone("QEMU closed its monitor")
+        self.sent += [json.loads(line).get("id", "?") for line in lines.splitlines()]
+
+    def command(self, command: str, **arguments: Any) -> Any:
+        self.sent.append(command)
+        answers = self.answers[command]
+        return answers.pop(0) if len(answers) > 1 else answers[0] if answers else {}
+
+    def receive(self) -> list[dict[str, Any]]:
+        if self.gone:
+            raise GuestGone("QEMU closed its monitor")
+        self.hush()
+        messages, self._messages = self._messages, []
+        return messages
+
+
+class FakeGate:
+    """ports.Gate on a real pipe."""
+
+    path = "gate"
+
+    def __init__(self) -> None:
+        self._out, self._in = os.pipe2(os.O_NONBLOCK)
+        self.wide = False
+        self.drained = b""
+
+    def fileno(self) -> int:
+        return self._out
+
+    def narrow(self) -> None:
+        self.wide = False
+
+    def widen(self) -> None:
+        self.wide = True
+
+    def drain(self) -> bytes:
+        try:
+            part = os.read(self._out, 1 << 16)
+        except BlockingIOError:
+            return b""
+        self.drained += part
+        return part
+
+    def fill(self, state: bytes) -> None:
+        os.write(self._in, state)
+
+
+class FakeBuffers:
+    """ports.NetBuffer."""
+
+    barrier = b'{"id":"barrier"}\n'
+    release = b'{"id":"release"}\n'
+
+    def __init__(self, sent: list[str]) -> None:
+        self._sent = sent
+        self.installed = False
+
+    def install(self) -> None:
+        self.installed = True
+        self._sent.append("install")
+
+    def remove(self) -> None:
+        self.installed = False
+        self._sent.append("remove")
+
+
+class FakeMemory:
+    """ports.Memory and ports.WritableMemory."""
+
+    def __init__(self, blocks: list[RamBlock] = BLOCKS) -> None:
+        self.blocks = blocks
+        self.pages: dict[tuple[int, int], int] = {}
+        self.written: set[tuple[int, int]] = set()
+        self.writes = 0
+
+    def put(self, block: int, number: int, value: int) -> None:
+        """The guest fills a page with a byte."""
+        self.pages[block, number] = value
+        self.written.add((block, number))
+
+    def take_existing(self) -> list[tuple[int, np.ndarray]]:
+        self.written = set()
+        return self._runs(set(self.pages))
+
+    def take_written(self) -> list[tuple[int, np.ndarray]]:
+        taken, self.written = self.written, set()
+        return self._runs(taken)
+
+    def read(self, block: int, runs: np.ndarray) -> dirty.Pages:
+        numbers = dirty.expand(runs).tolist()
+        return dirty.Pages(block, runs, np.repeat(np.array([self.pages[block, n] for n in numbers], np.uint8), PAGE))
+
+    def begin_capture(self) -> None: ...
+
+    def capture(self) -> Iterator[dirty.Pages]:
+        for block, runs in self.take_written():
+            yield self.read(block, runs)
+
+    def write(self, pages: dirty.Pages) -> None:
+        self.writes += 1
+        for i, number in enumerate(dirty.expand(pages.runs).tolist()):
+            self.pages[pages.block, number] = int(pages.contents[i * PAGE])
+
+    def clear(self) -> None:
+        self.pages.clear()
+
+    def _runs(self, numbers: set[tuple[int, int]]) -> list[tuple[int, np.ndarray]]:
+        return [(block, dirty.compress(np.array(sorted(n for b, n in numbers if b == block), np.int64)))
+                for block in sorted({b for b, _ in numbers})]
+
+
+class FakeControl(Bell):
+    """ports.Control, the agent's side in the test's hands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._orders: list[dict[str, Any]] = []
+        self.reports: list[dict[str, Any]] = []
+
+    def give(self, what: str, **facts: Any) -> None:
+        self._orders.append({"do": what, **facts})
+        self.ring()
+
+    def grant(self, granted: bool, generation: int = GENERATION + 1, reason: str = "so it is") -> None:
+        self.give("grant", granted=granted, generation=generation, reason=reason)
+
+    def orders(self) -> list[dict[str, Any]]:
+        self.hush()
+        given, self._orders = self._orders, []
+        return given
+
+    def report(self, event: str, **facts: Any) -> None:
+        self.reports.append({"event": event, **facts})
+
+    @property
+    def told(self) -> list[str]:
+        return [report["event"] for report in self.reports if report["event"] != "syncing"]
+
+
+class FakeWatchdog:
+    armed = False
+
+    def arm(self) -> None:
+        self.armed = True
+
+    def disarm(self) -> None:
+        self.armed = False
+
+
+class Clock:
+    """Stands still until it is set."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Peer:
+    """The other end of a connection, frame by frame."""
+
+    def __init__(self, connection: socket.socket, generation: Generation = GENERATION) -> None:
+        self.connection = connection
+        self.generation = generation
+        connection.settimeout(2.0)
+        self._decoder = wire.Decoder(generation, LIMIT)
+        self.frames: list[wire.Frame] = []
+
+    def send(self, kind: wire.Kind, epoch: int = 0, *payload: bytes) -> None:
+        self.raw(b"".join(bytes(b) for b in wire.encode(kind, self.generation, Epoch(epoch), payload)))
+
+    def raw(self, data: bytes) -> None:
+        self.connection.sendall(data)
+
+    def read(self) -> list[wire.Frame]:
+        """All frames that are there, but for beats."""
+        self.connection.setblocking(False)
+        try:
+            while received := self.connection.recv(1 << 20):
+                self.frames += self._decoder.feed(received)
+        except (BlockingIOError, ConnectionError):
+            pass
+        frames, self.frames = self.frames, []
+        return [frame for frame in frames if frame.kind is not wire.Kind.BEAT]
+
+    def kinds(self) -> list[str]:
+        return [frame.kind.name for frame in self.read()]
+
+    def close(self) -> None:
+        self.connection.close()

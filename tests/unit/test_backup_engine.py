@@ -1,0 +1,258 @@
+"""engine/backup.py: nothing is acknowledged before it is written, nothing is promoted without a grant."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nova_ftvm.core import wire
+from nova_ftvm.core.lease import Lease, Watch
+from nova_ftvm.engine import backup as backups
+from nova_ftvm.engine import link as links
+from nova_ftvm.engine.backup import BackupEngine
+from tests.unit.engine_fakes import Bell, Clock, FakeControl, FakeMemory, FakeQemu, Peer
+from tests.unit.frames import BLOCKS, GENERATION, LIMIT, epoch_frames, page_frames, pages
+
+HELLO = wire.Hello("pair", "pc-i440fx-10.0", tuple(BLOCKS), "")
+STATE = b"QEVM\0\0\0\3devices"
+
+
+class FakeDomain:
+    resumed = 0
+
+    def resume(self) -> None:
+        self.resumed += 1
+
+
+class Bench:
+    """A backup's engine, turned by hand, and a primary of the test's own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.clock, self.qemu, self.memory, self.control, self.pidfd = Clock(), FakeQemu(), FakeMemory(), FakeControl(), Bell()
+        self.domain = FakeDomain()
+        self.listener = links.listen("127.0.0.1")
+        self.lease = Lease(GENERATION, 0.3, self.clock.now)
+        self.stream_path = str(folder / "incoming.sock")
+        self.engine = BackupEngine(
+            generation=GENERATION, token="token", expected=HELLO, memory=self.memory, monitor=self.qemu,
+            domain=self.domain, listener=self.listener, control=self.control, pidfd=self.pidfd.fileno(),
+            lease=self.lease, beat_s=0.1, frame_limit=LIMIT, stream_path=self.stream_path, clock=self.clock,
+            wall_clock=lambda: 1000.0)
+        self.engine._patience = lambda: 0.002
+        self.peer: Peer | None = None
+
+    def turn(self, times: int = 3) -> None:
+        for _ in range(times):
+            if self.lease.watch is Watch.OVER or self.engine._failure or self.engine._promoted:
+                return
+            self.engine._turn()
+
+    def connect(self, token: str = "token", hello: wire.Hello = HELLO) -> Peer:
+        """As the primary does; the greeting needs both sides at once."""
+        made: list[links.Link] = []
+
+        def dial() -> None:
+            try:
+                made.append(links.dial("127.0.0.1", self.listener.getsockname()[1], GENERATION, hello, token, LIMIT))
+            except (links.PeerLost, wire.ProtocolError):
+                pass
+
+        thread = threading.Thread(target=dial)
+        thread.start()
+        while thread.is_alive():
+            self.engine._turn()
+        thread.join()
+        if not made:
+            raise ConnectionRefusedError
+        # Kept: a link that nobody holds would close its socket.
+        self._link = made[0]
+        self.peer = Peer(socket.socket(fileno=socket.dup(made[0].fileno())))
+        return self.peer
+
+    def send(self, *frames: bytes) -> None:
+        assert self.peer is not None
+        self.peer.raw(b"".join(frames))
+        self.turn()
+
+    def protect(self) -> Peer:
+        peer = self.connect()
+        self.send(*epoch_frames(1, [pages([1], 11)], STATE))
+        assert [(f.kind.name, f.epoch) for f in peer.read()] == [("ACK", 1)]
+        return peer
+
+    def ask(self) -> None:
+        """To the question: the primary is silent."""
+        self.clock.now += 0.4
+        self.turn(1)
+        assert self.lease.watch is Watch.ASKING
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    made.listener.close()
+
+
+def test_an_epoch_is_acknowledged_only_after_it_was_written(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    peer = bench.connect()
+    first, *rest = epoch_frames(1, [pages([1], 11), pages([2], 12)], STATE)
+    bench.send(first, *rest[:-1])
+    assert bench.memory.pages == {} and peer.read() == []
+    seen: list[list[str]] = []
+    write = bench.memory.write
+    monkeypatch.setattr(bench.memory, "write", lambda p: (seen.append(peer.kinds()), write(p)))
+    bench.send(rest[-1])
+    assert seen == [[], []] and bench.memory.pages == {(0, 1): 11, (0, 2): 12}
+    assert [(f.kind.name, f.epoch) for f in peer.read()] == [("ACK", 1)]
+
+
+def test_a_write_that_fails_is_not_acknowledged(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    peer = bench.protect()
+
+    def fails(_: object) -> None:
+        raise OSError(14, "bad address")
+
+    monkeypatch.setattr(bench.memory, "write", fails)
+    with pytest.raises(OSError, match="bad address"):
+        bench.send(*epoch_frames(2, [pages([2])], STATE))
+    assert peer.read() == []
+
+
+def test_preloaded_pages_are_written_and_answered_with_nothing(bench: Bench) -> None:
+    peer = bench.connect()
+    bench.send(*page_frames(wire.Kind.PRELOAD, 0, pages([3], 33)))
+    assert bench.memory.pages == {(0, 3): 33} and peer.read() == []
+
+
+@pytest.mark.parametrize("bad", [b"GET / HTTP/1.1\r\n" * 10, epoch_frames(5, [])[0], epoch_frames(2, [pages([9])])[-1]],
+                         ids=["garbage", "another-epoch", "commit-of-nothing"])
+def test_a_primary_that_goes_wrong_is_cut_off_and_nothing_of_it_stays(bench: Bench, bad: bytes) -> None:
+    peer = bench.protect()
+    before = dict(bench.memory.pages)
+    bench.send(bad)
+    assert bench.memory.pages == before and peer.read() == [] and bench.engine._link is None
+    assert bench.lease.watch is Watch.WATCHING and bench.control.told == []
+    bench.ask()
+    assert bench.control.told == ["ask_promotion"]
+
+
+def test_silence_asks_and_no_answer_asks_again_and_promotes_nothing(bench: Bench) -> None:
+    bench.protect()
+    bench.ask()
+    for _ in range(4):
+        bench.clock.now += 0.6
+        bench.turn(1)
+    assert bench.control.told == ["ask_promotion"] * 5
+    assert bench.domain.resumed == 0 and "migrate-incoming" not in bench.qemu.sent
+
+
+def test_what_comes_whole_while_the_arbiter_is_asked_is_taken_and_acknowledged(bench: Bench) -> None:
+    peer = bench.protect()
+    bench.ask()
+    bench.send(*epoch_frames(2, [pages([2], 22)], STATE))
+    assert [(f.kind.name, f.epoch) for f in peer.read()] == [("ACK", 2)]
+    assert bench.memory.pages[0, 2] == 22 and bench.lease.watch is Watch.ASKING
+
+
+def test_a_grant_loads_the_last_whole_epoch_and_resumes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.protect()
+    bench.send(*epoch_frames(2, [pages([2], 22)], STATE)[:-1])
+    bench.ask()
+    streams: list[bytes] = []
+    monkeypatch.setattr(backups, "promote", lambda monitor, domain, stream, path: (streams.append(stream),
+                                                                                   domain.resume()))
+    bench.control.grant(True)
+    bench.turn()
+    assert bench.engine.run() is True
+    assert bench.domain.resumed == 1 and streams[0].endswith(STATE[8:] + b"\x06\0\0\0\0")
+    assert bench.memory.pages == {(0, 1): 11}
+    assert bench.control.reports[-1] == {"event": "promoted", "timeline": {
+        "detected_at": 1000.0, "granted_at": 1000.0, "running_at": 1000.0}}
+
+
+def test_a_promotion_that_fails_is_told_and_no_guest_runs(bench: Bench) -> None:
+    bench.protect()
+    bench.ask()
+    bench.control.grant(True)
+    bench.turn()
+    assert bench.engine.run() is False
+    assert bench.control.told[-1] == "failed" and bench.domain.resumed == 0
+
+
+def test_the_primarys_word_that_qemu_ended_asks_at_once(bench: Bench) -> None:
+    peer = bench.protect()
+    peer.send(wire.Kind.GUEST_GONE, 1)
+    bench.turn()
+    assert bench.control.reports == [{"event": "ask_promotion", "evidence": "the primary's agent saw QEMU end"}]
+
+
+@pytest.mark.parametrize("how", ["bye", "stop"])
+def test_a_planned_end_gives_the_standby_up(bench: Bench, how: str) -> None:
+    peer = bench.protect()
+    if how == "bye":
+        peer.send(wire.Kind.BYE, 1)
+    else:
+        bench.control.give("stop", reason="switched off")
+    assert bench.engine.run() is False
+    assert bench.control.told == [] and bench.domain.resumed == 0
+
+
+def test_a_primary_that_is_lost_before_the_first_epoch_is_not_asked_for(bench: Bench) -> None:
+    bench.connect()
+    bench.send(*page_frames(wire.Kind.PRELOAD, 0, pages([3])))
+    bench.peer.close()
+    bench._link.close()
+    assert bench.engine.run() is False
+    assert bench.control.told == []
+
+
+def test_a_standby_whose_primary_never_comes_ends(bench: Bench) -> None:
+    bench.clock.now += 61
+    assert bench.engine.run() is False
+    assert "did not connect" in bench.control.reports[-1]["reason"]
+
+
+@pytest.mark.parametrize(("token", "hello"), [
+    ("wrong", HELLO), ("token", wire.Hello("another", HELLO.machine, HELLO.blocks, "")),
+    ("token", wire.Hello("pair", "pc-q35-10.0", HELLO.blocks, "")),
+    ("token", wire.Hello("pair", HELLO.machine, HELLO.blocks[:1], ""))],
+    ids=["token", "pair", "machine", "blocks"])
+def test_a_peer_that_does_not_fit_is_refused_and_the_right_one_is_still_welcome(bench: Bench, token: str,
+                                                                               hello: wire.Hello) -> None:
+    with pytest.raises(ConnectionRefusedError):
+        bench.connect(token, hello)
+    assert bench.engine._link is None and bench.control.told == []
+    bench.protect()
+
+
+def test_a_second_primary_is_refused_while_the_first_is_there_and_after_it_was_lost(bench: Bench) -> None:
+    bench.protect()
+    with pytest.raises(ConnectionRefusedError):
+        bench.connect()
+    bench.peer.close()
+    bench._link.close()
+    bench.turn()
+    assert bench.engine._link is None
+    with pytest.raises(ConnectionRefusedError):
+        bench.connect()
+
+
+def test_a_stranger_does_not_keep_the_watch_from_asking(bench: Bench) -> None:
+    """A connection that says nothing, after the primary was lost: the question must not wait for its greeting."""
+    bench.protect()
+    bench.peer.close()
+    bench._link.close()
+    bench.turn()
+    with socket.create_connection(bench.listener.getsockname()):
+        bench.ask()
+    assert bench.control.told == ["ask_promotion"]
+
+
+def test_a_standby_that_dies_is_a_failure(bench: Bench) -> None:
+    bench.protect()
+    bench.pidfd.ring()
+    assert bench.engine.run() is False
+    assert "the standby ended" in bench.control.reports[-1]["reason"]

@@ -1,0 +1,212 @@
+"""core/domain.py: XML that ran, odd XML and hostile XML."""
+
+from xml.etree import ElementTree
+
+import pytest
+
+from nova_ftvm.core import domain
+from nova_ftvm.exception import Unsupported
+
+MONITOR = "/run/nova-ftvm/u/monitor"
+MARK = domain.StandbyMark("pair-1", 3, "backup-1")
+HERE = {"fa:16:3e:00:00:01": "<interface type='ethernet'><mac address='fa:16:3e:00:00:01'/><model type='virtio'/>"
+                             "<target dev='tap-here'/></interface>"}
+
+PLAIN = """<domain type='kvm'><name>instance-00000001</name><uuid>11111111-2222-3333-4444-555555555555</uuid>
+<memory unit='KiB'>131072</memory><vcpu>1</vcpu><devices><interface type='bridge'><mac address='fa:16:3e:00:00:01'/>
+<model type='virtio'/><source bridge='br0'/></interface></devices></domain>"""
+
+LIVE = """<domain type='kvm' id='7' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+<name>instance-00000001</name><uuid>11111111-2222-3333-4444-555555555555</uuid>
+<metadata><nova:instance xmlns:nova='http://openstack.org/xmlns/libvirt/nova/1.1'>
+<nova:name>web</nova:name></nova:instance></metadata>
+<memory unit='KiB'>131072</memory><vcpu placement='static' cpuset='0-3'>1</vcpu>
+<cputune><shares>1024</shares><emulatorpin cpuset='0-3'/></cputune>
+<numatune><memory mode='strict' nodeset='0'/></numatune>
+<resource><partition>/machine</partition></resource>
+<cpu mode='custom'><numa><cell id='0' cpus='0' memory='131072' unit='KiB' memAccess='private'/></numa></cpu>
+<devices><emulator>/usr/bin/qemu-system-x86_64</emulator>
+<disk type='file' device='disk'><source file='/var/lib/nova/instances/u/disk' index='2'/>
+<backingStore type='file' index='3'><source file='/var/lib/nova/instances/_base/x'/></backingStore>
+<mirror type='file'/><target dev='vda' bus='virtio'/><alias name='virtio-disk0'/>
+<address type='pci' domain='0x0000' bus='0x00' slot='0x04' function='0x0'/></disk>
+<interface type='bridge'><mac address='FA:16:3E:00:00:01'/><source bridge='br-there'/><target dev='tap-there'/>
+<model type='virtio'/><driver name='qemu'/><mtu size='1450'/><alias name='net0'/>
+<address type='pci' domain='0x0000' bus='0x00' slot='0x03' function='0x0'/></interface>
+<serial type='pty'><source path='/dev/pts/4'/><log file='/var/lib/nova/instances/u/console.log'/>
+<target port='0'/></serial>
+<console type='pty' tty='/dev/pts/4'><source path='/dev/pts/4'/><target type='serial' port='0'/></console>
+<channel type='unix'><source mode='bind' path='/var/lib/libvirt/qemu/channel/target/domain-7-i/org.qemu.guest_agent.0'/>
+<target type='virtio' name='org.qemu.guest_agent.0'/></channel>
+<graphics type='vnc' port='5901' autoport='yes' listen='10.0.0.1'><listen type='address' address='10.0.0.1'/></graphics>
+</devices><seclabel type='dynamic' model='dac' relabel='yes'><label>+64055:+64055</label></seclabel>
+<qemu:commandline><qemu:arg value='-global'/><qemu:arg value='kvm-pit.lost_tick_policy=discard'/>
+<qemu:arg value='-chardev'/><qemu:arg value='socket,id=ftvm,path=/run/nova-ftvm/old/monitor,server=on,wait=off'/>
+<qemu:arg value='-mon'/><qemu:arg value='chardev=ftvm,mode=control'/><qemu:env name='A' value='B'/>
+</qemu:commandline></domain>"""
+
+
+def arguments(xml):
+    return [arg.get("value") for arg in ElementTree.fromstring(xml).iter(f"{{{domain.QEMU_NS}}}arg")]
+
+
+def made(xml=LIVE, **more):
+    return ElementTree.fromstring(domain.standby(xml, MONITOR, MARK, HERE, **more))
+
+
+def test_arming_adds_a_monitor_and_takes_vhost_out():
+    armed = domain.arm(PLAIN, MONITOR)
+    assert domain.monitor_path(armed) == MONITOR
+    assert ElementTree.fromstring(armed).find("./devices/interface/driver").get("name") == "qemu"
+    assert arguments(armed) == ["-chardev", f"socket,id=ftvm,path={MONITOR},server=on,wait=off",
+                                "-mon", "chardev=ftvm,mode=control"]
+
+
+def test_arming_twice_is_arming_once():
+    once = domain.arm(PLAIN, MONITOR)
+    assert domain.arm(once, MONITOR) == once
+
+
+def test_a_new_path_replaces_the_old_monitor_and_leaves_foreign_arguments():
+    armed = domain.arm(LIVE, MONITOR)
+    assert arguments(armed)[:2] == ["-global", "kvm-pit.lost_tick_policy=discard"]
+    assert arguments(armed).count("-chardev") == 1
+    assert domain.monitor_path(armed) == MONITOR
+    assert ElementTree.fromstring(armed).find(f".//{{{domain.QEMU_NS}}}env").get("name") == "A"
+
+
+def test_the_driver_element_of_an_interface_keeps_its_other_settings():
+    xml = PLAIN.replace("<source bridge", "<driver name='vhost' rx_queue_size='512'/><source bridge")
+    armed = domain.arm(xml, MONITOR)
+    assert ElementTree.fromstring(armed).find(".//driver").attrib == {"name": "qemu", "rx_queue_size": "512"}
+
+
+def test_an_interface_that_is_not_virtio_is_left_as_it_is():
+    assert "driver" not in domain.arm(PLAIN.replace("virtio", "e1000"), MONITOR)
+
+
+@pytest.mark.parametrize("path", ["monitor", "/run/a,server=off", ""])
+def test_a_path_that_qemu_would_misread_is_refused(path):
+    with pytest.raises(Unsupported):
+        domain.arm(PLAIN, path)
+
+
+@pytest.mark.parametrize("xml", ["", "<domain", "<network/>", "<!DOCTYPE d [<!ENTITY a 'b'>]><domain>&a;</domain>"])
+def test_xml_that_no_libvirt_writes_is_refused(xml):
+    for call in (lambda: domain.arm(xml, MONITOR), lambda: domain.monitor_path(xml), lambda: domain.ordinary(xml)):
+        with pytest.raises(Unsupported):
+            call()
+
+
+def test_a_domain_without_our_monitor_has_no_path():
+    assert domain.monitor_path(PLAIN) is None
+    assert domain.monitor_path(LIVE.replace("id=ftvm", "id=other")) is None
+
+
+def test_the_standby_is_the_same_to_the_guest():
+    root = made()
+    assert root.findtext("uuid") == "11111111-2222-3333-4444-555555555555"
+    assert root.findtext("name") == "instance-00000001"
+    assert [a.get("slot") for a in root.iter("address") if a.get("type") == "pci"] == ["0x04", "0x03"]
+    interface = root.find("./devices/interface")
+    assert interface.find("mtu").get("size") == "1450"
+    assert interface.find("driver").get("name") == "qemu"
+
+
+def test_the_standbys_interface_is_this_hosts():
+    interface = made().find("./devices/interface")
+    assert interface.get("type") == "ethernet"
+    assert interface.find("target").get("dev") == "tap-here"
+    assert interface.find("source") is None
+
+
+def test_the_standby_waits_for_its_stream_with_the_primarys_memory_settings():
+    root = made(PLAIN.replace("<vcpu>", "<memoryBacking><nosharepages/></memoryBacking><vcpu>"))
+    assert [child.tag for child in root.find("memoryBacking")] == ["nosharepages"]
+    assert arguments(ElementTree.tostring(root))[-2:] == ["-incoming", "defer"]
+
+
+def test_nothing_of_the_primarys_run_is_left():
+    root = made(graphics_listen="10.0.0.2")
+    text = ElementTree.tostring(root, encoding="unicode")
+    assert "id" not in root.attrib
+    for trace in ("seclabel", "/dev/pts", "domain-7-", "index=", "backingStore", "<mirror", "partition", "cpuset",
+                  "nodeset", "10.0.0.1", "5901", "/run/nova-ftvm/old", "there"):
+        assert trace not in text, trace
+    graphics = root.find("./devices/graphics")
+    assert (graphics.get("port"), graphics.get("listen")) == ("-1", "10.0.0.2")
+    assert root.find("./devices/serial/log") is not None
+    assert root.find("./cputune/shares").text == "1024"
+
+
+def test_what_the_operator_set_on_purpose_is_kept():
+    xml = LIVE.replace("/machine", "/gold").replace("type='dynamic'", "type='none'")
+    xml = xml.replace("/var/lib/libvirt/qemu/channel/target/domain-7-i/org.qemu.guest_agent.0", "/srv/agent.sock")
+    text = ElementTree.tostring(made(xml, cpuset="4-7"), encoding="unicode")
+    for kept in ("/gold", "seclabel", "/srv/agent.sock", 'cpuset="4-7"'):
+        assert kept in text
+
+
+def test_novas_metadata_stays_beside_our_mark():
+    xml = domain.standby(LIVE, MONITOR, MARK, HERE)
+    assert domain.standby_mark(xml) == MARK
+    assert "<nova:name>web</nova:name>" in xml
+
+
+def test_a_standby_of_a_former_standby_bears_one_mark_and_waits_once():
+    first = domain.standby(LIVE, "/run/nova-ftvm/old/monitor", MARK, HERE)
+    second = domain.standby(first, MONITOR, domain.StandbyMark("pair-1", 5, "backup-2"), HERE)
+    assert domain.standby_mark(second).backup_id == "backup-2"
+    assert arguments(second).count("-incoming") == 1
+    assert domain.monitor_path(second) == MONITOR
+
+
+def test_a_promoted_standby_starts_like_any_guest():
+    xml = domain.ordinary(domain.standby(LIVE, MONITOR, MARK, HERE))
+    assert domain.standby_mark(xml) is None
+    assert "-incoming" not in arguments(xml)
+    assert domain.monitor_path(xml) == MONITOR
+    assert arguments(xml)[:2] == ["-global", "kvm-pit.lost_tick_policy=discard"]
+
+
+def test_a_plain_domain_stays_without_a_commandline():
+    assert "commandline" not in domain.ordinary(PLAIN)
+
+
+def test_an_interface_without_a_binding_here_is_refused():
+    with pytest.raises(Unsupported, match="fa:16:3e:00:00:01"):
+        domain.standby(LIVE, MONITOR, MARK, {})
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    ("<emulatorpin cpuset='0-3'/>", "<vcpupin vcpu='0' cpuset='2'/>"),
+    ("<serial type='pty'>", "<serial type='tcp'>"),
+    ("<vcpu ", "<memoryBacking><hugepages/></memoryBacking><vcpu "),
+    ("<emulator>", "<hostdev mode='subsystem' type='pci'/><emulator>"),
+    ("<emulator>", "<tpm model='tpm-crb'/><emulator>"),
+    ("<emulator>", "<filesystem type='mount'/><emulator>"),
+    ("<emulator>", "<memory model='nvdimm'/><emulator>"),
+])
+def test_what_is_bound_to_the_primarys_host_is_refused(old, new):
+    with pytest.raises(Unsupported):
+        made(LIVE.replace(old, new))
+
+
+@pytest.mark.parametrize("mark", [
+    "<f:standby xmlns:f='{ns}' pair='p' generation='x' backup='b'/>", "<f:standby xmlns:f='{ns}'/>"])
+def test_a_damaged_mark_is_not_taken_for_none(mark):
+    xml = PLAIN.replace("<vcpu>", f"<metadata>{mark.format(ns=domain.FTVM_NS)}</metadata><vcpu>")
+    with pytest.raises(Unsupported):
+        domain.standby_mark(xml)
+
+
+def test_a_mark_in_somebody_elses_namespace_is_none_of_ours():
+    xml = PLAIN.replace("<vcpu>", "<metadata><f:standby xmlns:f='http://example.net/' pair='p'/></metadata><vcpu>")
+    assert domain.standby_mark(xml) is None
+
+
+def test_the_texts_of_others_are_escaped_not_believed():
+    xml = PLAIN.replace("instance-00000001", "a&lt;/name&gt;&lt;evil/&gt;")
+    root = made(xml)
+    assert root.findtext("name") == "a</name><evil/>"
+    assert root.find("evil") is None

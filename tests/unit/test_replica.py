@@ -1,0 +1,121 @@
+"""core/replica.py: a whole epoch or nothing."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nova_ftvm.core import wire
+from nova_ftvm.core.replica import Acknowledge, Replica, Write
+from nova_ftvm.exception import ProtocolError
+from nova_ftvm.types import Epoch
+from tests.unit.frames import BLOCKS, GENERATION, decode, epoch_frames, page_frames, pages
+
+EPOCH_1 = decode(*epoch_frames(1, [pages([1, 2, 9]), pages([0], 2, block=1)], b"state 1"))
+EPOCH_2 = decode(*epoch_frames(2, [pages([2], 3)], b"state 2"))
+PRELOAD = decode(*page_frames(wire.Kind.PRELOAD, 0, pages([5, 6])))[0]
+
+
+def fed(frames: list[wire.Frame]) -> tuple[Replica, list]:
+    replica = Replica(BLOCKS)
+    return replica, [action for frame in frames for action in replica.on_frame(frame)]
+
+
+def test_an_epoch_is_written_once_whole_and_acknowledged_after_that() -> None:
+    replica, actions = fed(EPOCH_1)
+    write, acknowledge = actions
+    assert isinstance(write, Write) and [(p.block, p.count) for p in write.pages] == [(0, 3), (1, 1)]
+    assert acknowledge == Acknowledge(Epoch(1))
+    assert (replica.committed, replica.device_state) == (1, b"state 1")
+
+
+@pytest.mark.parametrize("length", range(len(EPOCH_2)))
+def test_no_prefix_of_an_epoch_changes_anything(length: int) -> None:
+    replica, actions = fed(EPOCH_1 + EPOCH_2[:length])
+    assert len(actions) == 2
+    assert (replica.committed, replica.device_state) == (1, b"state 1")
+
+
+@given(st.data())
+def test_a_lost_repeated_or_reordered_frame_never_commits_a_wrong_epoch(data: st.DataObject) -> None:
+    """What reaches COMMIT is all of it, or the epoch is refused and the last one stays."""
+    frames = data.draw(st.lists(st.sampled_from(EPOCH_2), max_size=6))
+    replica, _ = fed(EPOCH_1)
+    actions: list = []
+    try:
+        for frame in frames:
+            actions += replica.on_frame(frame)
+    except ProtocolError:
+        pass
+    if not actions:
+        assert (replica.committed, replica.device_state) == (1, b"state 1")
+        return
+    until_commit = frames[:frames.index(EPOCH_2[-1]) + 1]
+    assert sorted(f.kind for f in until_commit) == sorted(f.kind for f in EPOCH_2)
+    assert (replica.committed, replica.device_state) == (2, b"state 2")
+
+
+@pytest.mark.parametrize("wrong", [EPOCH_1[0], EPOCH_1[-1], decode(*epoch_frames(3, []))[0]])
+def test_a_frame_of_another_epoch_is_refused(wrong: wire.Frame) -> None:
+    replica, _ = fed(EPOCH_1)
+    with pytest.raises(ProtocolError, match=f"of epoch {wrong.epoch} after epoch 1"):
+        replica.on_frame(wrong)
+    assert replica.committed == 1
+
+
+def test_a_commit_with_a_wrong_number_of_frames_is_refused() -> None:
+    replica, _ = fed(EPOCH_1 + EPOCH_2[1:-1])
+    with pytest.raises(ProtocolError, match="frames and pages"):
+        replica.on_frame(EPOCH_2[-1])
+    assert (replica.committed, replica.device_state) == (1, b"state 1")
+
+
+def test_an_epoch_without_device_state_is_refused() -> None:
+    commit = decode(b"".join(bytes(b) for b in wire.encode_commit(GENERATION, Epoch(1), 0, 0)))[0]
+    replica = Replica(BLOCKS)
+    with pytest.raises(ProtocolError, match="no device state"):
+        replica.on_frame(commit)
+    assert replica.committed == 0
+
+
+def test_an_epoch_without_pages_is_an_epoch() -> None:
+    replica, actions = fed(decode(*epoch_frames(1, [])))
+    assert actions == [Write(()), Acknowledge(Epoch(1))]
+    assert replica.committed == 1
+
+
+def test_a_device_state_in_pieces_is_put_together() -> None:
+    pieces = [b"one ", b"two"]
+    sent = [wire.Frame(wire.Kind.DEVICE, GENERATION, Epoch(1), piece) for piece in pieces]
+    commit = decode(b"".join(bytes(b) for b in wire.encode_commit(GENERATION, Epoch(1), 2, 0)))
+    assert fed(sent + commit)[0].device_state == b"one two"
+
+
+def test_preload_is_written_at_once_and_acknowledged_never() -> None:
+    replica, actions = fed([PRELOAD, PRELOAD])
+    assert [type(action) for action in actions] == [Write, Write]
+    assert replica.committed == 0
+
+
+@pytest.mark.parametrize("before", [EPOCH_1, EPOCH_1[:1], EPOCH_1[2:3]])
+def test_preload_is_refused_once_the_first_epoch_began(before: list[wire.Frame]) -> None:
+    replica, _ = fed(before)
+    committed = replica.committed
+    with pytest.raises(ProtocolError, match="PRELOAD after"):
+        replica.on_frame(PRELOAD)
+    assert replica.committed == committed
+
+
+@pytest.mark.parametrize("kind", set(wire.Kind) - {wire.Kind.PRELOAD, wire.Kind.PAGES, wire.Kind.DEVICE,
+                                                    wire.Kind.COMMIT})
+def test_other_frames_are_no_part_of_an_epoch(kind: wire.Kind) -> None:
+    replica = Replica(BLOCKS)
+    with pytest.raises(ProtocolError):
+        replica.on_frame(wire.Frame(kind, GENERATION, Epoch(1)))
+    assert replica.committed == 0
+
+
+def test_pages_that_leave_a_block_are_refused_and_not_staged() -> None:
+    replica = Replica(BLOCKS[1:])
+    with pytest.raises(ProtocolError, match="leaves RAM block"):
+        replica.on_frame(EPOCH_1[0])
+    assert [type(a) for f in decode(*epoch_frames(1, [pages([0])])) for a in replica.on_frame(f)] == [Write, Acknowledge]
