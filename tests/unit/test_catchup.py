@@ -298,10 +298,10 @@ def test_only_the_promoted_host_may_adopt_and_only_until_nova_has_followed(world
     assert not world.manager.adoption(VM, "hy")["adopt"]
 
 
-def test_a_disarm_during_the_catch_up_leaves_it_alone(world):
+def test_a_disarm_during_the_catch_up_is_refused_as_the_old_host_may_ask(world):
     world.promote(work=False)
-    assert world.manager.disarm(VM, "reboot") == {"disarmed": True}
-    assert world.pair.step in CATCH_UP
+    assert world.manager.disarm(VM, "start")["disarmed"] is False
+    assert world.pair.step in CATCH_UP and world.pair.state is PairState.DEGRADED
 
 
 def test_ft_off_waits_for_the_catch_up(world):

@@ -56,9 +56,10 @@ def test_a_whole_failover_over_rpc(client, world):
     assert not client.request_degrade(plan["pair_id"], 1, "hx", "silence").granted
     assert client.report_promoted(plan["pair_id"], 1, "hy", {"running_at": 3.0}).granted
     assert client.adoption(VM, "hy")["adopt"]
-    assert client.disarm(VM, "stop") is True
+    assert client.disarm(VM, "start") is False
     world.work()
     assert world.cloud.store[VM].host == "hy"
+    assert client.disarm(VM, "stop") is True
 
 
 def test_a_plan_is_refused_to_a_backup_that_is_over(client, world):
