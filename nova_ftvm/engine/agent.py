@@ -165,7 +165,8 @@ class Agent:
         """Takes engines over that outlived the last agent; their last report comes again."""
         for engine in engines:
             LOG.info("found the %s engine of pair %s again", engine.role, engine.pair_id)
-            self._watch(engine)
+            # What it told the last agent is unknown, so its guest's output is never let go without a grant.
+            self._watch(engine, protected=True)
 
     def report(self) -> None:
         """One sign of life. Raises rpc.common.Failed."""
@@ -204,8 +205,9 @@ class Agent:
             "role": role.value, "pair_id": pair_id, "generation": generation, "instance_id": instance_id,
             "token": token, "address": address, "port": port}))
 
-    def _watch(self, engine: Engine) -> _Watched:
+    def _watch(self, engine: Engine, protected: bool = False) -> _Watched:
         watched = _Watched(engine)
+        watched.protected = protected
         with self._lock:
             self._engines[engine.pair_id, engine.role] = watched
         engine.listen(lambda _engine, report: self._on_report(watched, report))
@@ -254,6 +256,7 @@ class Agent:
                                  reason=grant.reason)
 
     def _on_ask_degrade(self, watched: _Watched, report: Report) -> None:
+        watched.protected = True
         self._ask(watched, lambda: self._manager.request_degrade(*self._voice(watched), report["reason"]))
 
     def _on_ask_promotion(self, watched: _Watched, report: Report) -> None:
@@ -267,6 +270,7 @@ class Agent:
 
     def _on_fenced(self, watched: _Watched, report: Report) -> None:
         LOG.warning("pair %s: fenced: %s", watched.engine.pair_id, report["reason"])
+        watched.protected = True
         self._guests.destroy(watched.engine.instance_id)
         watched.ended = True
 

@@ -206,7 +206,7 @@ def test_protection_of_a_generation_that_is_over_ends_the_engine(host: Host, gen
     engine = host.primary()
     host.manager.answer = Grant(False, Generation(generation), "over")
     engine.say("protected")
-    assert engine.told == [order]
+    assert engine.told[0] == order
 
 
 def test_a_promotion_is_told_until_the_manager_answers(host: Host) -> None:
@@ -272,9 +272,12 @@ def test_a_fenced_guest_is_destroyed_and_its_output_is_not_let_go(host: Host) ->
 
 def test_a_libvirt_that_is_away_does_not_deafen_the_agent(host: Host) -> None:
     engine = host.primary()
+    host.manager.answer = Grant(False, Generation(4), "the backup speaks")
     host.guests.away = True
     engine.say("fenced", reason="over")
+    host.guests.away = False
     engine.say("gone")
+    assert host.guests.destroyed == [SERVER] and host.guests.unbuffered == []
     assert host.listed() == []
 
 
@@ -419,6 +422,15 @@ def test_engines_that_outlived_the_agent_are_listed_and_heard(host: Host) -> Non
     assert host.listed() == [("primary", 3)]
     engine.say("ask_degrade", reason="x")
     assert engine.told == ["grant"]
+
+
+def test_what_an_engine_of_the_last_agent_held_is_let_go_by_grant_only(host: Host) -> None:
+    """It was holding and asking when the agent was restarted; nobody told the new agent that it protected."""
+    engine = FakeEngine("primary")
+    host.agent.adopt_engines([engine])
+    host.manager.answer = Grant(False, Generation(4), "the backup speaks")
+    engine.say("gone")
+    assert host.guests.unbuffered == [] and host.guests.destroyed == [SERVER]
 
 
 def test_progress_goes_with_the_sign_of_life(host: Host) -> None:
