@@ -63,6 +63,9 @@ def _create_image(connection: Connection, layout: Layout) -> None:
         ramdisk_id=parts["ramdisk"].id,
         hw_machine_type="pc",
         hw_rng_model="virtio",
+        # The config drive: not on the IDE bus, where a server cannot be protected.
+        hw_cdrom_bus="scsi",
+        hw_scsi_model="virtio-scsi",
         os_command_line=KERNEL_OPTIONS,
     )
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from nova_ftvm.core import domain
 from nova_ftvm.exception import FtvmError
 from nova_ftvm.rpc.common import Failed
 from nova_ftvm.rpc.manager import ManagerClient
@@ -108,8 +109,9 @@ class Agent:
         except FtvmError as error:
             return {"domain_xml": "", "armed": False, "reason": str(error)}
         armed = self._guests.has_monitor(instance_id, domain_xml)
-        return {"domain_xml": domain_xml, "armed": armed,
-                "reason": "" if armed else "the server was started without fault tolerance: hard-reboot it"}
+        reason = "" if armed else (domain.obstacle(domain_xml)
+                                   or "the server was started without fault tolerance: hard-reboot it")
+        return {"domain_xml": domain_xml, "armed": armed, "reason": reason}
 
     def start_backup(self, pair_id: str, generation: int, instance_id: str, token: str) -> dict[str, Any]:
         watched = self._start(Role.BACKUP, pair_id, generation, instance_id, token, self._data_address, 0)
@@ -323,7 +325,8 @@ class Agent:
             return self._manager.request_degrade(*self._voice(watched), reason)
 
         grant = self._insist(ask)
-        while not _is_answer(grant):
+        # A refusal within the engine's own generation is none for good either: see PrimaryEngine.
+        while not _is_answer(grant) or not grant.granted and grant.generation == watched.engine.generation:
             self._sleep(_RETRY_S)
             grant = self._insist(ask)
         if grant.granted:

@@ -158,8 +158,9 @@ def _check_fit(hello: wire.Hello, expected: wire.Hello) -> None:
     if hello.machine != expected.machine:
         raise ProtocolError(f"the primary is a {hello.machine}, the standby a {expected.machine}: "
                             "install the same QEMU on both hosts")
-    ours = {block.name: block.size for block in expected.blocks}
-    theirs = {block.name: block.size for block in hello.blocks}
+    ours = [(block.name, block.size) for block in expected.blocks]
+    theirs = [(block.name, block.size) for block in hello.blocks]
     if ours != theirs:
-        differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        # A frame names a block by its place in the table, so the order counts.
+        differing = sorted({name for name, _ in set(ours) ^ set(theirs)}) or ["in their order"]
         raise ProtocolError(f"RAM blocks differ between primary and standby: {', '.join(differing)}")

@@ -4,6 +4,7 @@ Called by cmd/engine.py with its ports joined. Never stops the guest but for a c
 hangs at any point of it, the gate closes (by the kernel, by the watchdog) and QEMU starts the guest by itself.
 """
 
+import contextlib
 import logging
 import selectors
 import time
@@ -155,6 +156,9 @@ class PrimaryEngine:
                 self._do(self._loop.on_fence(order["reason"]))
 
     def _on_guest_gone(self) -> None:
+        # What QEMU said before it ended counts: a shutdown is no failure.
+        with contextlib.suppress(GuestGone):
+            self._on_monitor()
         self._do(self._loop.on_guest_gone())
 
     # Acts

@@ -158,10 +158,7 @@ class Reconciler:
             domain = self._agents.describe_domain(host, instance_id)
         except AgentFailed as error:
             return f"the agent of {host} does not describe the server's domain: {said(error)}"
-        if domain["armed"]:
-            return ""
-        why = domain.get("reason") or "its domain was started without what protection needs"
-        return f"hard-reboot the server: {why}"
+        return "" if domain["armed"] else domain["reason"]
 
     # -- what belongs to no server
 

@@ -109,8 +109,13 @@ class Monitor:
             except BlockingIOError:
                 return
             except OSError as error:
+                if self._waiting:
+                    return
                 raise GuestGone(f"QEMU closed its monitor: {error}") from error
             if not chunk:
+                # What it said before is heard first: a SHUTDOWN makes a planned end of this.
+                if self._waiting:
+                    return
                 raise GuestGone("QEMU closed its monitor")
             *lines, self._rest = (self._rest + chunk).split(b"\n")
             self._waiting += [json.loads(line) for line in lines if line.strip()]

@@ -194,6 +194,14 @@ def test_no_answer_is_no_order_and_the_engine_asks_again_itself(host: Host) -> N
     assert engine.told == ["grant"]
 
 
+@pytest.mark.parametrize("role", ["primary", "backup"])
+def test_an_arbiter_that_does_not_know_the_pair_has_not_answered(host: Host, role: str) -> None:
+    engine = getattr(host, role)()
+    host.manager.answer = Grant(False, Generation(0), "no such pair")
+    engine.say("ask_degrade" if role == "primary" else "ask_promotion", reason="", evidence="")
+    assert engine.orders == []
+
+
 def test_protection_is_told_until_the_manager_answers(host: Host) -> None:
     engine = host.primary()
     host.manager.silent_for = 3
@@ -240,7 +248,8 @@ def test_a_refused_guest_whose_engine_died_is_destroyed_unheard(host: Host) -> N
 def test_a_refusal_for_now_destroys_nothing_and_asks_again(host: Host) -> None:
     engine = host.primary()
     engine.say("protected")
-    answers = [Grant(False, Generation(3), "ask again"), Grant(True, Generation(4))]
+    answers = [Grant(False, Generation(3), "ask again"), Grant(False, Generation(0), "no such pair"),
+               Grant(True, Generation(4))]
     host.manager._call = lambda *_: answers.pop(0)
     engine.say("gone")
     assert host.guests.destroyed == [] and host.guests.unbuffered == [SERVER] and answers == []

@@ -62,6 +62,13 @@ def test_arming_adds_a_monitor_and_takes_vhost_out():
                                 "-mon", "chardev=ftvm,mode=control"]
 
 
+def test_a_drive_on_the_ide_bus_is_refused_with_what_to_do():
+    xml = PLAIN.replace("<devices>", "<devices><disk type='file' device='cdrom'><target dev='hda' bus='ide'/></disk>")
+    with pytest.raises(Unsupported, match="hw_cdrom_bus=scsi"):
+        domain.arm(xml, MONITOR)
+    assert not domain.obstacle(xml.replace("ide", "scsi"))
+
+
 def test_arming_twice_is_arming_once():
     once = domain.arm(PLAIN, MONITOR)
     assert domain.arm(once, MONITOR) == once

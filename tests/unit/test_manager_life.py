@@ -105,7 +105,7 @@ def test_an_unarmed_domain_asks_for_a_hard_reboot(world):
     world.agents.unarmed = "it has no monitor of ours"
     world.cloud.boot()
     world.pass_by()
-    assert world.shown == ("unprotected", "hard-reboot the server: it has no monitor of ours")
+    assert world.shown == ("unprotected", "it has no monitor of ours")
     world.agents.unarmed = ""
     world.pass_by(5)
     assert world.pair.state is PairState.PENDING

@@ -1,0 +1,327 @@
+"""host/: one kernel door at a time, on this kernel."""
+
+import ctypes
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nova_ftvm.exception import GuestGone, Unsupported
+from nova_ftvm.host import probe, procmem, ptrace
+from nova_ftvm.host.gate import Gate
+from nova_ftvm.host.pagemap import Pagemap
+from nova_ftvm.host.syscalls import NR_CLOSE
+from nova_ftvm.host.userfault import WriteProtection
+from nova_ftvm.types import PAGE
+from tests.host.machine import ROOT, die_with_the_tests, wait_for
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="not root")
+
+GETPID = 39
+
+#: Maps pages, tells where, and does what it is told: 'w N' writes page N, 'z N' drops it, 'q' quits.
+MAPPER = """
+import ctypes, mmap, sys
+memory = mmap.mmap(-1, {pages} * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory.madvise(mmap.MADV_NOHUGEPAGE)
+for page in range({populated}): memory[page * 4096] = 1
+anchor = ctypes.c_char.from_buffer(memory)
+print(ctypes.addressof(anchor), flush=True)
+value = 1
+for line in sys.stdin:
+    what, page = line.split()
+    value = value % 255 + 1
+    if what == 'w': memory[int(page) * 4096 + 5] = value
+    if what == 'z': memory.madvise(mmap.MADV_DONTNEED, int(page) * 4096, 4096)
+    print('done', flush=True)
+"""
+
+
+class Mapper:
+    """A child process with memory of its own."""
+
+    def __init__(self, pages: int, populated: int) -> None:
+        self.process = subprocess.Popen([sys.executable, "-c", MAPPER.format(pages=pages, populated=populated)],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        preexec_fn=die_with_the_tests)
+        self.start = int(self.process.stdout.readline())
+        self.end = self.start + pages * PAGE
+        self.pid = self.process.pid
+
+    def do(self, what: str, page: int) -> None:
+        self.process.stdin.write(f"{what} {page}\n")
+        self.process.stdin.flush()
+        assert self.process.stdout.readline() == "done\n"
+
+    def numbers(self, ranges: np.ndarray) -> list[int]:
+        return [n for first, last in ((ranges - np.uint64(self.start)) // np.uint64(PAGE)).tolist()
+                for n in range(first, last)]
+
+    def end_it(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def mapper() -> Iterator[Mapper]:
+    made = Mapper(64, 8)
+    yield made
+    made.end_it()
+
+
+# The probe
+
+
+def test_this_host_lacks_nothing() -> None:
+    assert probe.missing() == []
+
+
+@pytest.mark.parametrize(("text", "version"), [
+    ("QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2~bpo12+1)\nCopyright", (10, 0)),
+    ("QEMU emulator version 7.2.15", (7, 2)), ("QEMU emulator version 8.2.2 (qemu-kvm-8.2.2-1.el9)", (8, 2))])
+def test_qemus_version_is_read(text: str, version: tuple[int, int]) -> None:
+    assert probe.qemu_version(text) == version
+
+
+@pytest.mark.parametrize("text", ["", "QEMU", "QEMU emulator version ten", "version 8"])
+def test_what_is_no_version_is_said(text: str) -> None:
+    with pytest.raises(Unsupported, match="no version"):
+        probe.qemu_version(text)
+
+
+# Injection
+
+
+def test_an_injected_call_is_done_by_the_other_process(mapper: Mapper) -> None:
+    with ptrace.seized(mapper.pid) as process:
+        assert process.call(GETPID) == mapper.pid
+        assert process.call(NR_CLOSE, 9999) == -9
+        assert process.call(GETPID) == mapper.pid
+    mapper.do("w", 1)
+
+
+@pytest.mark.parametrize("script", [
+    "import sys; print('up', flush=True); print('got', sys.stdin.readline().strip(), flush=True)",
+    "import os, sys; r, w = os.pipe(); print('up', flush=True)\n"
+    "if not os.fork(): import time; time.sleep(0.6); os.write(w, b'x'); os._exit(0)\n"
+    "print('got', os.read(r, 1).decode() and 'go', flush=True)",
+    "import select, time; print('up', flush=True); t = time.monotonic(); r = select.poll().poll(600)\n"
+    "print('got', 'go' if r == [] and time.monotonic() - t > 0.55 else (r, time.monotonic() - t), flush=True)",
+    "import time; print('up', flush=True); t = time.monotonic(); time.sleep(0.6)\n"
+    "print('got', 'go' if time.monotonic() - t > 0.55 else 'short', flush=True)",
+], ids=["read", "read-a-pipe", "poll-with-a-timeout", "sleep"])
+def test_a_call_that_was_interrupted_goes_on(script: str) -> None:
+    child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                             preexec_fn=die_with_the_tests)
+    try:
+        assert child.stdout.readline() == "up\n"
+        time.sleep(0.2)
+        for _ in range(3):
+            with ptrace.seized(child.pid) as process:
+                assert process.call(GETPID) == child.pid
+        child.stdin.write("go\n")
+        child.stdin.flush()
+        assert child.stdout.readline() == "got go\n"
+        assert child.wait(5) == 0
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_process_that_is_gone_cannot_be_seized(mapper: Mapper) -> None:
+    mapper.end_it()
+    with pytest.raises(OSError), ptrace.seized(mapper.pid):
+        raise AssertionError("never here")
+
+
+# Written pages
+
+
+def test_the_scan_sees_exactly_the_written_pages(mapper: Mapper) -> None:
+    pidfd = os.pidfd_open(mapper.pid)
+    protection, pagemap = WriteProtection(mapper.pid, pidfd), Pagemap(mapper.pid, regions_a_call=2)
+    protection.register(mapper.start, mapper.end - mapper.start)
+    assert mapper.numbers(pagemap.take_existing(mapper.start, mapper.end)) == list(range(8))
+    assert mapper.numbers(pagemap.take_written(mapper.start, mapper.end)) == []
+    for pages in ([3], [0, 1, 7], [5, 20, 63, 40, 42, 44, 46], []):
+        for page in pages:
+            mapper.do("w", page)
+        assert mapper.numbers(pagemap.take_written(mapper.start, mapper.end)) == sorted(pages)
+    mapper.do("z", 3)
+    assert 3 in mapper.numbers(pagemap.take_written(mapper.start, mapper.end)), "a page that turned zero is a change"
+    into = np.empty(mapper.end - mapper.start, np.uint8)
+    procmem.read(mapper.pid, np.array([[mapper.start, mapper.end]], np.uint64), into)
+    assert mapper.numbers(pagemap.take_written(mapper.start, mapper.end)) == [], "to read is not to write"
+    protection.close()
+    pagemap.close()
+    mapper.do("w", 2)
+
+
+def test_a_write_from_outside_is_seen_like_one_of_its_own(mapper: Mapper) -> None:
+    pidfd = os.pidfd_open(mapper.pid)
+    protection, pagemap = WriteProtection(mapper.pid, pidfd), Pagemap(mapper.pid)
+    protection.register(mapper.start, mapper.end - mapper.start)
+    pagemap.take_existing(mapper.start, mapper.end)
+    place = mapper.start + 4 * PAGE
+    procmem.write(mapper.pid, np.array([[place, place + 8]], np.uint64), np.full(8, 9, np.uint8))
+    assert mapper.numbers(pagemap.take_written(mapper.start, mapper.end)) == [4]
+    protection.close()
+    pagemap.close()
+
+
+def test_existing_pages_are_told_from_those_that_never_were(mapper: Mapper) -> None:
+    pagemap = Pagemap(mapper.pid)
+    mapper.do("w", 50)
+    assert mapper.numbers(pagemap.existing(mapper.start, mapper.end)) == [*range(8), 50]
+    pagemap.close()
+
+
+# Memory of another process
+
+
+def own_memory(pages: int) -> tuple[mmap.mmap, int]:
+    memory = mmap.mmap(-1, pages * PAGE)
+    anchor = ctypes.c_char.from_buffer(memory)
+    address = ctypes.addressof(anchor)
+    del anchor
+    return memory, address
+
+
+def test_thousands_of_ranges_go_there_and_back() -> None:
+    pages = 5000
+    memory, address = own_memory(pages)
+    starts = address + np.arange(0, pages, 2, dtype=np.uint64) * np.uint64(PAGE)
+    ranges = np.stack((starts, starts + np.uint64(PAGE)), axis=1)
+    contents = np.random.default_rng(1).integers(0, 256, len(ranges) * PAGE, np.uint8)
+    assert procmem.write(os.getpid(), ranges, contents) == len(contents)
+    into = np.zeros(len(contents) + PAGE, np.uint8)
+    assert procmem.read(os.getpid(), ranges, into) == len(contents)
+    assert (into[:len(contents)] == contents).all() and not into[len(contents):].any()
+    assert not any(memory[PAGE:2 * PAGE]) and bytes(memory[:PAGE]) == contents[:PAGE].tobytes()
+
+
+@pytest.mark.parametrize("transfer", [procmem.read, procmem.write])
+def test_a_range_that_is_not_mapped_is_an_error_and_never_a_short_copy(transfer) -> None:
+    memory, address = own_memory(4)
+    ranges = np.array([[address, address + PAGE], [16 * PAGE, 17 * PAGE], [address, address + PAGE]], np.uint64)
+    with pytest.raises(OSError, match="moved 4096 of 12288|Bad address"):
+        transfer(os.getpid(), ranges, np.zeros(3 * PAGE, np.uint8))
+    assert len(memory) == 4 * PAGE
+
+
+def test_a_buffer_that_is_too_small_is_refused_before_anything_moves() -> None:
+    memory, address = own_memory(2)
+    with pytest.raises(ValueError, match="do not fit"):
+        procmem.write(os.getpid(), np.array([[address, address + 2 * PAGE]], np.uint64), np.ones(PAGE, np.uint8))
+    assert not any(memory[:])
+
+
+def test_a_process_that_ended_is_a_guest_that_is_gone(mapper: Mapper) -> None:
+    mapper.end_it()
+    with pytest.raises(GuestGone, match="ended"):
+        procmem.read(mapper.pid, np.array([[mapper.start, mapper.end]], np.uint64), np.empty(64 * PAGE, np.uint8))
+
+
+def test_no_ranges_are_no_work() -> None:
+    assert procmem.read(os.getpid(), np.empty((0, 2), np.uint64), np.empty(0, np.uint8)) == 0
+
+
+# The watchdog
+
+_HUNG = {
+    "sleeps": "import time; time.sleep(60)",
+    "spins": "while True: pass",
+    "is stopped": "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)",
+    "blocks in a pipe": "import os; r, w = os.pipe(); os.read(r, 1)",
+    "ignores signals": ("import signal, time\nfor n in set(signal.Signals) - {9, 19}: signal.signal(n, signal.SIG_IGN)\n"
+                        "time.sleep(60)"),
+}
+
+
+def run_watched(script: str, limit_s: float = 0.3, then: str = "") -> tuple[int, float]:
+    """(exit status, how long it lived after it was armed)."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", "from nova_ftvm.host.watchdog import Watchdog\n"
+         f"dog = Watchdog({limit_s})\ndog.arm()\nprint(flush=True)\n{script}\n{then}"], cwd=ROOT, stdout=subprocess.PIPE,
+        preexec_fn=die_with_the_tests)
+    child.stdout.readline()
+    start = time.monotonic()
+    try:
+        return child.wait(20.0), time.monotonic() - start
+    finally:
+        child.kill()
+        child.wait()
+
+
+@pytest.mark.parametrize("how", _HUNG)
+def test_a_process_that_hangs_is_killed_within_the_limit(how: str) -> None:
+    status, lived_s = run_watched(_HUNG[how])
+    assert status == -signal.SIGKILL
+    assert 0.2 < lived_s < 0.9
+
+
+def test_a_watchdog_that_was_disarmed_kills_nobody() -> None:
+    assert run_watched("dog.disarm(); import time; time.sleep(0.6)", 0.2)[0] == 0
+
+
+def test_arming_again_starts_the_limit_anew() -> None:
+    status, lived_s = run_watched("import time\nfor _ in range(5): time.sleep(0.1); dog.arm()\ntime.sleep(60)", 0.3)
+    assert status == -signal.SIGKILL and lived_s > 0.7
+
+
+def test_a_block_that_ends_in_time_is_let_live_also_by_an_exception() -> None:
+    script = "dog.disarm()\nimport time\ntry:\n  with dog.held(): raise KeyError\nexcept KeyError: time.sleep(0.5)"
+    assert run_watched(script, 0.2)[0] == 0
+
+
+# The gate
+
+
+def test_a_narrow_gate_stops_the_writer_until_it_is_drained(tmp_path: Path) -> None:
+    gate = Gate(str(tmp_path / "gate"))
+    writer = subprocess.Popen(["head", "-c", "300000", "/dev/zero"], stdout=open(gate.path, "wb", 0))
+    try:
+        time.sleep(0.2)
+        assert writer.poll() is None
+        taken = len(gate.drain())
+        assert PAGE <= taken < 300000
+        gate.widen()
+        wait_for("the writer ends", lambda: writer.poll() is not None, 5.0)
+        taken += len(gate.drain())
+        assert taken == 300000 and gate.drain() == b""
+        gate.narrow()
+    finally:
+        writer.kill()
+        writer.wait()
+        gate.close()
+    assert not Path(gate.path).exists()
+
+
+def test_a_writer_whose_gates_owner_dies_gets_an_error(tmp_path: Path) -> None:
+    path = str(tmp_path / "gate")
+    owner = subprocess.Popen([sys.executable, "-c", "from nova_ftvm.host.gate import Gate; import time\n"
+                              f"g = Gate({path!r}); print(flush=True); time.sleep(60)"], cwd=ROOT,
+                             stdout=subprocess.PIPE, preexec_fn=die_with_the_tests)
+    owner.stdout.readline()
+    with open(path, "wb", 0) as pipe:
+        writer = subprocess.Popen(["head", "-c", "300000", "/dev/zero"], stdout=pipe, stderr=subprocess.DEVNULL)
+    time.sleep(0.1)
+    assert writer.poll() is None
+    owner.kill()
+    owner.wait()
+    assert writer.wait(5.0) != 0
+
+
+def test_a_gate_takes_a_leftovers_place(tmp_path: Path) -> None:
+    path = tmp_path / "gate"
+    path.write_text("left by an engine that died")
+    gate = Gate(str(path))
+    assert path.is_fifo() and gate.drain() == b""
+    gate.close()
