@@ -22,6 +22,9 @@ from nova_ftvm.types import Epoch, Grant
 ASK_AGAIN_S = 0.5
 #: What the wait for an acknowledgement grows by with each page of the epoch: 80 MB/s, less than any link of use.
 ACK_ALLOWANCE_S = 50e-6
+#: A guest whose output is held for longer is paused: the buffers' own timers (host/netbuf.py, 71 min of the guest's
+#: time) would let it go by themselves, without a grant.
+HOLD_LIMIT_S = 1800.0
 #: Silence of the backup that ends the first copy. Nothing is held yet, so there is no hurry.
 COPY_SILENCE_S = 5.0
 
@@ -59,6 +62,10 @@ class Act(enum.Enum):
     RELEASE = enum.auto()
     #: Let all output go and take the buffers away.
     UNBUFFER = enum.auto()
+    #: Pause the guest, BEFORE the buffers' own timers let go what is held.
+    FREEZE = enum.auto()
+    #: Let it run again, AFTER UNBUFFER.
+    THAW = enum.auto()
     #: Ask the arbiter to go on alone.
     ASK = enum.auto()
     #: Say that the pair's RAM and devices are on the backup for the first time.
@@ -104,6 +111,8 @@ class EpochLoop:
         self._next_ask = now
         self._next_beat = now
         self._heard = now
+        self._freeze_at = now
+        self._frozen = False
         self._stop_asked = False
         self._guest_runs = True
 
@@ -118,6 +127,9 @@ class EpochLoop:
         elif self.phase is Phase.COPYING and now >= self._heard + COPY_SILENCE_S:
             acts += self._lose(f"nothing heard of the backup for {COPY_SILENCE_S:g} s", now)
         elif self.phase is Phase.HOLDING and now >= self._next_ask:
+            if now >= self._freeze_at and not self._frozen:
+                self._frozen = True
+                acts.append(Act.FREEZE)
             acts += self._ask(now)
         if self.phase not in OVER and self.phase is not Phase.HOLDING and now >= self._next_beat:
             self._next_beat = now + self._pace.beat_s
@@ -208,7 +220,7 @@ class EpochLoop:
             return ()
         if grant.granted:
             self.phase = Phase.ALONE
-            return (Act.UNBUFFER,)
+            return self._let_go()
         return self.on_fence(grant.reason)
 
     def on_fence(self, why: str) -> Acts:
@@ -253,6 +265,7 @@ class EpochLoop:
 
     def _hold(self, now: float) -> Acts:
         self.phase = Phase.HOLDING
+        self._freeze_at = now + HOLD_LIMIT_S
         return self._ask(now)
 
     def _ask(self, now: float) -> Acts:
@@ -261,4 +274,7 @@ class EpochLoop:
 
     def _end(self) -> Acts:
         self.phase = Phase.ENDED
-        return (Act.SAY_BYE, Act.UNBUFFER)
+        return (Act.SAY_BYE, *self._let_go())
+
+    def _let_go(self) -> Acts:
+        return (Act.UNBUFFER, Act.THAW) if self._frozen else (Act.UNBUFFER,)

@@ -326,7 +326,7 @@ class Agent:
 
         grant = self._insist(ask)
         # A refusal within the engine's own generation is none for good either: see PrimaryEngine.
-        while not _is_answer(grant) or not grant.granted and grant.generation == watched.engine.generation:
+        while not _is_answer(grant) or (not grant.granted and grant.generation == watched.engine.generation):
             self._sleep(_RETRY_S)
             grant = self._insist(ask)
         if grant.granted:

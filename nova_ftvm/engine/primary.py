@@ -65,6 +65,8 @@ class PrimaryEngine:
             Act.SHIP: self._ship,
             Act.RELEASE: self._release,
             Act.UNBUFFER: buffers.remove,
+            Act.FREEZE: lambda: self._monitor.command("stop"),
+            Act.THAW: lambda: self._monitor.command("cont"),
             Act.ASK: lambda: self._control.report("ask_degrade", reason=self._loop.reason),
             Act.REPORT_PROTECTED: lambda: self._control.report("protected"),
             Act.SAY_BYE: lambda: self._say(wire.Kind.BYE),

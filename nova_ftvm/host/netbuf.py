@@ -9,15 +9,13 @@ Source: QEMU, docs/COLO-FT.txt and net/filter-buffer.c. A flush is a status swit
 
 A buffer's timer would release by itself after INTERVAL_US; each flush starts it anew. It runs on the guest's
 clock, so that a paused guest's output never leaves. Whoever holds for long must pause the guest before
-(`HOLD_LIMIT_S`).
+(core/epoch.py, HOLD_LIMIT_S).
 """
 
 from nova_ftvm.exception import QemuError, Unsupported
 from nova_ftvm.host import qmp
 
 INTERVAL_US = 4_294_000_000
-#: A guest whose output is held for longer is paused, well before the buffers' own timers run out.
-HOLD_LIMIT_S = 1800.0
 
 _EARLY, _LATE = "ftvm-early", "ftvm-late"
 

@@ -1,4 +1,4 @@
-"""Fixtures of the tests on a real kernel and a real QEMU. A test that needs a guest is skipped only without its door."""
+"""Fixtures of the tests on a real kernel and a real QEMU. What needs a guest is skipped only without its door."""
 
 import itertools
 from collections.abc import Callable, Iterator

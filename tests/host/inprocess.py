@@ -192,8 +192,9 @@ class Comparison:
             backup = BackupEngine(
                 generation=GENERATION, token=TOKEN, memory=memory, monitor=theirs, domain=NoDomain(),
                 expected=wire.Hello("pair", machine_type(theirs), tuple(self._backup_blocks), ""), listener=listener,
-                control=self._backup_orders, pidfd=qmp.pidfd_of(theirs), lease=Lease(GENERATION, 60.0, time.monotonic()),
-                beat_s=0.5, frame_limit=LIMIT, stream_path=str(self._folder / "incoming.sock"))
+                control=self._backup_orders, pidfd=qmp.pidfd_of(theirs), beat_s=0.5,
+                lease=Lease(GENERATION, 60.0, time.monotonic()), frame_limit=LIMIT,
+                stream_path=str(self._folder / "incoming.sock"))
 
             def serve() -> None:
                 self.promoted = backup.run()

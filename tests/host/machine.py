@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from nova_ftvm.conf import engine as engine_conf
 from nova_ftvm.core import dirty
 from nova_ftvm.host import procmem, qmp
 from nova_ftvm.host.netbuf import OutputBuffers, interfaces
@@ -201,7 +202,8 @@ class Qemu:
             [*(["ip", "netns", "exec", network.name] if network else []), QEMU, *arguments,
              "-serial", f"file:{self.serial}",
              "-chardev", f"socket,id=ftvm,path={folder}/monitor.sock,server=on,wait=off", "-mon", "ftvm,mode=control",
-             *(word for name in ("operator", "domain") for word in ("-qmp", f"unix:{folder}/{name}.sock,server=on,wait=off"))],
+             *(word for name in ("operator", "domain")
+               for word in ("-qmp", f"unix:{folder}/{name}.sock,server=on,wait=off"))],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=(folder / "qemu.log").open("wb"),
             preexec_fn=die_with_the_tests)
         try:
@@ -276,7 +278,9 @@ def read_all(pid: int, blocks: list[RamBlock]) -> dict[str, np.ndarray]:
 # -- engines as processes
 
 
-ORDER = {"pair_id": "pair", "generation": 1, "instance_id": "server", "token": "token", "libvirt_uri": "",
+#: As the agent makes it from the configuration, with limits that a test can wait for.
+ORDER = {**{option.name: option.default for option in engine_conf.OPTS},
+         "pair_id": "pair", "generation": 1, "instance_id": "server", "token": "token", "libvirt_uri": "",
          "qemu_owner": [0, 0], "epoch_ms": 20.0, "hold_limit_ms": 400.0, "beat_ms": 100.0, "beat_misses": 5,
          "ack_limit_ms": 400.0, "live_passes": 4, "live_rest_pages": 2048, "frame_limit_bytes": 4 << 20}
 

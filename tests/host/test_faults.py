@@ -146,7 +146,6 @@ def protection_goes_on(pair: Protection, session: Session) -> None:
 
 def test_a_stranger_on_the_synchronisation_port_changes_nothing(primary: Qemu, standby: Qemu,
                                                                 session: Session) -> None:
-    with protected(primary, standby) as pair:
-        with socket.create_connection(("127.0.0.1", pair.port)) as stranger:
-            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" * 100)
-            protection_goes_on(pair, session)
+    with protected(primary, standby) as pair, socket.create_connection(("127.0.0.1", pair.port)) as stranger:
+        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" * 100)
+        protection_goes_on(pair, session)

@@ -1,5 +1,6 @@
 """engine/backup.py: nothing is acknowledged before it is written, nothing is promoted without a grant."""
 
+import contextlib
 import socket
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from nova_ftvm.core.lease import Lease, Watch
 from nova_ftvm.engine import backup as backups
 from nova_ftvm.engine import link as links
 from nova_ftvm.engine.backup import BackupEngine
+from nova_ftvm.exception import ProtocolError
 from tests.unit.engine_fakes import Bell, Clock, FakeControl, FakeMemory, FakeQemu, Peer
 from tests.unit.frames import BLOCKS, GENERATION, LIMIT, epoch_frames, page_frames, pages
 
@@ -30,7 +32,8 @@ class Bench:
     """A backup's engine, turned by hand, and a primary of the test's own."""
 
     def __init__(self, folder: Path) -> None:
-        self.clock, self.qemu, self.memory, self.control, self.pidfd = Clock(), FakeQemu(), FakeMemory(), FakeControl(), Bell()
+        self.clock, self.qemu, self.memory = Clock(), FakeQemu(), FakeMemory()
+        self.control, self.pidfd = FakeControl(), Bell()
         self.domain = FakeDomain()
         self.listener = links.listen("127.0.0.1")
         self.lease = Lease(GENERATION, 0.3, self.clock.now)
@@ -54,10 +57,8 @@ class Bench:
         made: list[links.Link] = []
 
         def dial() -> None:
-            try:
+            with contextlib.suppress(links.PeerLost, ProtocolError):
                 made.append(links.dial("127.0.0.1", self.listener.getsockname()[1], GENERATION, hello, token, LIMIT))
-            except (links.PeerLost, wire.ProtocolError):
-                pass
 
         thread = threading.Thread(target=dial)
         thread.start()

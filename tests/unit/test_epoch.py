@@ -4,7 +4,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nova_ftvm.core.epoch import ACK_ALLOWANCE_S, ASK_AGAIN_S, COPY_SILENCE_S, OVER, Act, Acts, EpochLoop, Phase
+from nova_ftvm.core.epoch import (
+    ACK_ALLOWANCE_S,
+    ASK_AGAIN_S,
+    COPY_SILENCE_S,
+    HOLD_LIMIT_S,
+    OVER,
+    Act,
+    Acts,
+    EpochLoop,
+    Phase,
+)
+from nova_ftvm.host import netbuf
 from nova_ftvm.types import Epoch, Generation, Grant
 from tests.unit.epoch_world import EVENTS, PACE, Broken, Checker, random_life
 
@@ -125,7 +136,8 @@ def in_phase(phase: Phase) -> EpochLoop:
     if phase is Phase.COPYING:
         return loop
     loop.on_live_pass(1)
-    for step in (loop.on_stopped, loop.on_state_begins, lambda: loop.on_resumed(0.0, 10), lambda: loop.on_ack(Epoch(1))):
+    for step in (loop.on_stopped, loop.on_state_begins, lambda: loop.on_resumed(0.0, 10),
+                 lambda: loop.on_ack(Epoch(1))):
         if loop.phase is phase:
             break
         step()
@@ -138,7 +150,8 @@ def in_phase(phase: Phase) -> EpochLoop:
 def test_one_epoch_from_the_batch_to_the_release() -> None:
     loop = EpochLoop(PACE, 0.0)
     trace = [
-        loop.on_live_pass(5000), loop.on_live_pass(50), loop.on_stopped(), loop.on_state_begins(), loop.on_resumed(1.0, 10),
+        loop.on_live_pass(5000), loop.on_live_pass(50), loop.on_stopped(), loop.on_state_begins(),
+        loop.on_resumed(1.0, 10),
         loop.on_ack(Epoch(1)), loop.tick(1.019), loop.tick(1.021), loop.on_stopped(), loop.on_state_begins(),
         loop.on_resumed(1.03, 10), loop.on_ack(Epoch(1)), loop.on_ack(Epoch(2))]
     assert [[act.name for act in acts] for acts in trace] == [
@@ -169,6 +182,29 @@ def test_a_large_epoch_may_take_longer_to_be_acknowledged() -> None:
     loop.on_resumed(0.0, 100_000)
     assert Act.ASK not in loop.tick(5.4)
     assert Act.ASK in loop.tick(5.6) and "no acknowledgement within 5500 ms" in loop.reason
+
+
+def test_a_guest_that_is_held_for_long_is_paused_before_the_buffers_let_go_by_themselves() -> None:
+    loop = in_phase(Phase.HOLDING)
+    acts = [act for second in range(1, 5000) for act in loop.tick(float(second))]
+    assert acts.count(Act.FREEZE) == 1 and acts.count(Act.ASK) > 4000
+    loop = in_phase(Phase.HOLDING)
+    assert Act.FREEZE not in loop.tick(HOLD_LIMIT_S - 1)
+    assert Act.FREEZE in loop.tick(HOLD_LIMIT_S)
+    assert loop.on_grant(GRANTED) == (Act.UNBUFFER, Act.THAW)
+    assert netbuf.INTERVAL_US / 1e6 > 2 * HOLD_LIMIT_S
+
+
+@pytest.mark.parametrize("end", ["grant", "stop"])
+def test_a_guest_that_was_not_paused_is_not_started(end: str) -> None:
+    loop = in_phase(Phase.HOLDING)
+    assert Act.THAW not in (loop.on_grant(GRANTED) if end == "grant" else loop.on_stop("x"))
+
+
+def test_a_paused_guest_that_is_refused_stays_paused() -> None:
+    loop = in_phase(Phase.HOLDING)
+    loop.tick(HOLD_LIMIT_S)
+    assert loop.on_grant(REFUSED) == (Act.FENCE,)
 
 
 def test_a_grant_that_nobody_asked_for_releases_nothing() -> None:

@@ -106,6 +106,25 @@ def test_the_primarys_word_that_qemu_ended_asks_at_once() -> None:
     assert watched.on_guest_gone(0.02) is None
 
 
+def happen(watched: Lease, event: str, now: float) -> Verdict | None:
+    match event:
+        case "tick":
+            return watched.tick(now)
+        case "heard":
+            watched.on_heard(now)
+        case "committed":
+            watched.on_committed()
+        case "gone":
+            return watched.on_guest_gone(now)
+        case "lost":
+            return watched.on_peer_lost(now)
+        case "bye":
+            return watched.on_bye()
+        case _:
+            return watched.on_grant({"granted": GRANTED, "not now": NOT_NOW, "never": NEVER}[event], now)
+    return None
+
+
 events = st.sampled_from(["tick", "heard", "committed", "gone", "lost", "bye", "granted", "not now", "never"])
 
 
@@ -114,12 +133,7 @@ def test_only_an_answer_to_a_question_after_a_commit_promotes(sequence: list[str
     watched, now, asked, committed, over = Lease(MINE, 0.3, 0.0), 0.0, False, False, False
     for event in sequence:
         now += 0.2
-        verdict = {
-            "tick": lambda: watched.tick(now), "heard": lambda: watched.on_heard(now),
-            "committed": watched.on_committed, "gone": lambda: watched.on_guest_gone(now),
-            "lost": lambda: watched.on_peer_lost(now), "bye": watched.on_bye,
-            "granted": lambda: watched.on_grant(GRANTED, now), "not now": lambda: watched.on_grant(NOT_NOW, now),
-            "never": lambda: watched.on_grant(NEVER, now)}[event]()
+        verdict = happen(watched, event, now)
         committed |= event == "committed"
         if verdict is Verdict.PROMOTE:
             assert event == "granted" and asked and committed and not over

@@ -118,4 +118,5 @@ def test_pages_that_leave_a_block_are_refused_and_not_staged() -> None:
     replica = Replica(BLOCKS[1:])
     with pytest.raises(ProtocolError, match="leaves RAM block"):
         replica.on_frame(EPOCH_1[0])
-    assert [type(a) for f in decode(*epoch_frames(1, [pages([0])])) for a in replica.on_frame(f)] == [Write, Acknowledge]
+    whole = decode(*epoch_frames(1, [pages([0])]))
+    assert [type(action) for frame in whole for action in replica.on_frame(frame)] == [Write, Acknowledge]
