@@ -25,7 +25,7 @@ demo: setup
 
 lint: setup
 	ruff check .
-	bashate --max-line-length 110 lab/setup.sh
+	bashate --max-line-length 110 lab/setup.sh devstack/plugin.sh devstack/settings
 	mypy
 	mypy --config-file lab/pyproject.toml lab/ftvm_lab tests/system
 

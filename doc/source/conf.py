@@ -1,5 +1,5 @@
 project = "nova_ftvm"
-copyright = "nova_ftvm contributors"  # noqa: A001 - Sphinx's name
+copyright = "nova_ftvm contributors"
 extensions: list[str] = []
 html_theme = "alabaster"
 exclude_patterns: list[str] = []

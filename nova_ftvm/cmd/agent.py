@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from typing import Any
 
 from oslo_config import cfg
@@ -31,6 +32,9 @@ LOG = log.getLogger(__name__)
 
 #: An answer of the arbiter is waited for no longer; the engine then asks again.
 _RPC_TIMEOUT_S = 3.0
+#: How often folders of servers that are gone are looked for, and how long their logs are kept.
+_SWEEP_S = 600.0
+_KEEP_S = 3600.0
 
 
 def configure(arguments: list[str]) -> cfg.ConfigOpts:
@@ -86,8 +90,9 @@ def main() -> int:
     for sentence in missing:
         LOG.error("this host cannot protect servers: %s", sentence)
     transport = common.transport(conf)
-    agent = Agent(conf.host, conf.agent.data_address, missing, ManagerClient(transport, _RPC_TIMEOUT_S),
-                  guests.Guests(conf.agent.runtime_dir, qemu_owner, conf.agent.libvirt_uri),
+    os.makedirs(conf.agent.runtime_dir, mode=0o755, exist_ok=True)
+    here = guests.Guests(conf.agent.runtime_dir, qemu_owner, conf.agent.libvirt_uri)
+    agent = Agent(conf.host, conf.agent.data_address, missing, ManagerClient(transport, _RPC_TIMEOUT_S), here,
                   EngineFactory(conf, qemu_owner))
     agent.adopt_engines(list(surviving_engines(conf.agent.runtime_dir)))
     server = rpc_server.serve(transport, common.AGENT_TOPIC, conf.host,
@@ -95,23 +100,29 @@ def main() -> int:
     server.start()
     LOG.info("agent of %s is up", conf.host)
     try:
-        report_until_told(agent, conf.agent.report_interval_s)
+        report_until_told(agent, here, conf.agent.report_interval_s)
     finally:
         server.stop()
         server.wait()
     return 0
 
 
-def report_until_told(agent: Agent, interval_s: float) -> None:
-    """Reports until SIGTERM or SIGINT. Engines run on."""
+def report_until_told(agent: Agent, here: guests.Guests, interval_s: float) -> None:
+    """Reports, and sweeps now and then, until SIGTERM or SIGINT. Engines run on."""
     told = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: told.set())
+    next_sweep = time.monotonic()
     while not told.wait(interval_s):
+        if time.monotonic() >= next_sweep:
+            next_sweep = time.monotonic() + _SWEEP_S
+            here.sweep(_KEEP_S)
         try:
             agent.report()
         except common.Failed as error:
             LOG.warning("the manager does not answer: %s", error)
+        except FtvmError as error:
+            LOG.error("an engine that is over could not be ended: %s", error)
 
 
 if __name__ == "__main__":

@@ -48,8 +48,6 @@ class Engine(Protocol):
 class Guests(Protocol):
     """What the agent does to domains; host.guests.Guests."""
 
-    def folder(self, instance_id: str) -> str: ...
-
     def make_folder(self, instance_id: str) -> str: ...
 
     def live_xml(self, instance_id: str) -> str: ...
@@ -156,10 +154,7 @@ class Agent:
                 if watched.promoted:
                     return {"discarded": False}
                 self._stop(watched, "the backup server is deleted")
-        # A standby that was never promoted waits for its stream; whatever runs, or is paused, is the guest itself.
-        if not self._guests.is_standby(instance_id):
-            return {"discarded": False}
-        return {"discarded": self._guests.destroy(instance_id)}
+        return {"discarded": self._drop_standby(instance_id)}
 
     # Its own life
 
@@ -225,8 +220,8 @@ class Agent:
         if watched.engine.role == Role.PRIMARY and watched.state != "ended":
             # It was killed, or died on the way: what it held is still held.
             self._unbuffer(watched)
-        if watched.engine.role == Role.BACKUP and not watched.promoted:
-            self._guests.destroy(watched.engine.instance_id)
+        if watched.engine.role == Role.BACKUP:
+            self._drop_standby(watched.engine.instance_id)
 
     # Reports of engines
 
@@ -271,10 +266,8 @@ class Agent:
         watched.engine.order("seen")
 
     def _on_fenced(self, watched: _Watched, report: Report) -> None:
-        LOG.warning("pair %s: fenced: %s", watched.engine.pair_id, report["reason"])
-        watched.protected = True
-        self._guests.destroy(watched.engine.instance_id)
-        watched.ended = True
+        watched.protected = watched.ended = True
+        self._destroy(watched, report["reason"])
 
     def _on_guest_shutdown(self, watched: _Watched, report: Report) -> None:
         watched.ended = True
@@ -286,7 +279,7 @@ class Agent:
         watched.ended = True
         watched.engine.order("seen")
         if watched.engine.role == Role.BACKUP:
-            self._guests.destroy(watched.engine.instance_id)
+            self._drop_standby(watched.engine.instance_id)
 
     def _on_failed(self, watched: _Watched, report: Report) -> None:
         """The engine could not go on. What that means is settled when it is gone."""
@@ -316,8 +309,7 @@ class Agent:
         """The primary notices by itself. A standby that was granted the pair, and failed, must be told of."""
         if watched.state in ("ask_promotion", "failed"):
             self._insist(lambda: self._manager.report_promoted(*self._voice(watched), {}, reason))
-        if self._guests.is_standby(watched.engine.instance_id):
-            self._guests.destroy(watched.engine.instance_id)
+        self._drop_standby(watched.engine.instance_id)
 
     def _go_on_alone(self, watched: _Watched, reason: str) -> None:
         """The guest's output is held by QEMU, and nobody is left to release it: ask in the engine's place."""
@@ -332,8 +324,23 @@ class Agent:
         if grant.granted:
             self._unbuffer(watched)
         else:
-            LOG.warning("pair %s: fenced: %s", watched.engine.pair_id, grant.reason)
-            self._guests.destroy(watched.engine.instance_id)
+            self._destroy(watched, grant.reason)
+
+    def _drop_standby(self, instance_id: str) -> bool:
+        """Destroys a standby that was never promoted: one that waits for its stream. Whatever runs, or is paused
+        otherwise, is the guest itself."""
+        return self._guests.is_standby(instance_id) and self._guests.destroy(instance_id)
+
+    def _destroy(self, watched: _Watched, reason: str) -> None:
+        """The fence. Until it is done the guest's output stays held, so a libvirt that is away may take its time."""
+        LOG.warning("pair %s: fenced: %s", watched.engine.pair_id, reason)
+        while True:
+            try:
+                self._guests.destroy(watched.engine.instance_id)
+                return
+            except FtvmError as error:
+                LOG.warning("pair %s: the guest is not destroyed yet: %s", watched.engine.pair_id, error)
+                self._sleep(_RETRY_S)
 
     def _unbuffer(self, watched: _Watched) -> None:
         try:

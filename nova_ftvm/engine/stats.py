@@ -14,7 +14,7 @@ from nova_ftvm.engine.capture import Checkpoint
 
 PERIOD_S = 1.0
 #: The file is started anew at this size, so that it never fills a disk.
-_MOST_BYTES = 32 << 20
+_MOST_BYTES = 4 << 20
 
 
 class EpochLog:

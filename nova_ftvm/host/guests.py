@@ -2,6 +2,9 @@
 
 import os
 import pwd
+import shutil
+import socket
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -40,6 +43,14 @@ class Guests:
         os.makedirs(folder, mode=0o750, exist_ok=True)
         os.chown(folder, *self._owner)
         return folder
+
+    def sweep(self, keep_s: float) -> None:
+        """Removes the folders of servers that are gone, once nothing in them has changed for so long."""
+        for entry in os.scandir(self._runtime_dir):
+            with os.scandir(entry.path) as files:
+                newest = max(place.stat(follow_symlinks=False).st_mtime for place in (entry, *files))
+            if time.time() - newest > keep_s and not _is_served(os.path.join(entry.path, MONITOR)):
+                shutil.rmtree(entry.path, ignore_errors=True)
 
     def live_xml(self, instance_id: str) -> str:
         return self._libvirt(lambda host: host.live_xml(instance_id))
@@ -80,3 +91,13 @@ class Guests:
             return call(host)
         finally:
             host.close()
+
+
+def _is_served(path: str) -> bool:
+    """Does a QEMU listen there?"""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+    return True

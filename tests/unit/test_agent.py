@@ -56,12 +56,11 @@ class FakeGuests:
         self.destroyed: list[str] = []
         self.unbuffered: list[str] = []
         self.standbys = {BACKUP_SERVER}
-        self.away = False
+        #: How many calls libvirt does not answer.
+        self.away = 0
 
-    def folder(self, instance_id: str) -> str:
+    def make_folder(self, instance_id: str) -> str:
         return f"/run/{instance_id}"
-
-    make_folder = folder
 
     def live_xml(self, instance_id: str) -> str:
         if self.away:
@@ -73,6 +72,7 @@ class FakeGuests:
 
     def destroy(self, instance_id: str) -> bool:
         if self.away:
+            self.away -= 1
             raise GuestGone("libvirt is away")
         self.destroyed.append(instance_id)
         return True
@@ -279,15 +279,30 @@ def test_a_fenced_guest_is_destroyed_and_its_output_is_not_let_go(host: Host) ->
     assert host.guests.destroyed == [SERVER] and host.guests.unbuffered == []
 
 
-def test_a_libvirt_that_is_away_does_not_deafen_the_agent(host: Host) -> None:
+def test_a_fence_is_tried_until_libvirt_is_back(host: Host) -> None:
     engine = host.primary()
     host.manager.answer = Grant(False, Generation(4), "the backup speaks")
-    host.guests.away = True
+    host.guests.away = 3
     engine.say("fenced", reason="over")
-    host.guests.away = False
     engine.say("gone")
     assert host.guests.destroyed == [SERVER] and host.guests.unbuffered == []
     assert host.listed() == []
+
+
+def test_a_libvirt_that_is_away_does_not_deafen_the_agent(host: Host) -> None:
+    engine = host.backup()
+    host.guests.away = 1
+    engine.say("ended", phase="given up")
+    engine.say("gone")
+    assert host.guests.destroyed == [] and host.listed() == []
+
+
+def test_a_standby_that_runs_is_never_destroyed_with_its_engine(host: Host) -> None:
+    engine = host.backup()
+    host.guests.standbys.clear()
+    engine.say("ended", phase="given up")
+    engine.say("gone")
+    assert host.guests.destroyed == []
 
 
 def test_a_backup_engine_that_dies_takes_its_standby_along_and_no_guest(host: Host) -> None:
