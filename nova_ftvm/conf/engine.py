@@ -8,7 +8,7 @@ OPTS = [
     cfg.FloatOpt(
         "epoch_ms", default=20.0, min=1.0, max=1000.0,
         help="Milliseconds from the end of one checkpoint to the start of the next. "
-             "A reply waits for about half of it, plus the pause and the backup's acknowledgement."),
+             "A reply waits for half of it or more, plus the pause and the backup's acknowledgement."),
     cfg.FloatOpt(
         "hold_limit_ms", default=1000.0, min=100.0,
         help="Watchdog: the kernel kills the process of a server that keeps its guest paused for longer. "
