@@ -65,6 +65,32 @@ def _on_its_host(stage: Stage, host: str, *argv: str) -> str:
     return Machine(stage.layout, node).call(argv)
 
 
+def test_a_drive_on_the_ide_bus_is_refused_with_what_to_do(stage: Stage) -> None:
+    image = stage.servers.connection.image
+    assert isinstance(image, Proxy)
+    good = image.find_image(IMAGE, ignore_missing=False)
+    bad = image.create_image(
+        name="ide",
+        filename=str(stage.layout.guest / "disk.qcow2"),
+        container_format="bare",
+        disk_format="qcow2",
+        visibility="public",
+        wait=True,
+        kernel_id=good.kernel_id,
+        ramdisk_id=good.ramdisk_id,
+        hw_machine_type="pc",
+        hw_cdrom_bus="ide",
+    )
+    words = ["server", "create", "--property", "ft=true", "--image", "ide", "--flavor", "ftvm.nano"]
+    stage.openstack([*words, "--network", NETWORK, "--wait", "-c", "id", "-c", "status", "ide"])
+    (server,) = stage.servers.all()
+    with pytest.raises(NotProtected) as refused:
+        stage.servers.wait_for_state(server.id, "protected", TOLD_S)
+    assert "hw_cdrom_bus=scsi" in refused.value.reason
+    assert stage.servers.get(server.id).status == "ACTIVE"
+    image.delete_image(bad)
+
+
 def test_glance_describes_both_ways_to_ask(stage: Stage) -> None:
     image = stage.servers.connection.image
     assert isinstance(image, Proxy)
