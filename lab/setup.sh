@@ -10,6 +10,9 @@ readonly PACKAGES="rabbitmq-server mariadb-server mariadb-client busybox-static 
 readonly BACKPORTS="libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients libvirt-dev
     qemu-system-x86 qemu-utils"
 readonly SUITE=bookworm-backports
+# A cache of our own: uWSGI links the Python that it was built with, and a wheel that another
+# Python of the same version left in the user's cache does not run under this one.
+export PIP_CACHE_DIR=$PWD/build/pip-cache
 
 function say {
     echo "[setup] $*"
