@@ -54,8 +54,12 @@ EOF
 
 function install_packages {
     export DEBIAN_FRONTEND=noninteractive
-    apt-get indextargets --format '$(SUITE)' | grep -qx "$SUITE" || add_backports
+    # On a new machine apt names no mirror before its first update.
     apt-get update -q
+    if ! apt-get indextargets --format '$(SUITE)' | grep -qx "$SUITE"; then
+        add_backports
+        apt-get update -q
+    fi
     # The packages' services belong to the lab's machines, not to this one.
     if [ ! -e /usr/sbin/policy-rc.d ]; then
         trap 'rm -f /usr/sbin/policy-rc.d' EXIT
