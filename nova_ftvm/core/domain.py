@@ -55,18 +55,24 @@ class StandbyMark:
 
 def obstacle(domain_xml: str) -> str:
     """Why a guest with this XML must not be checkpointed, in one sentence; '' when it can be."""
-    if _parse(domain_xml).find("./devices/disk/target[@bus='ide']") is not None:
+    root = _parse(domain_xml)
+    if root.find("./devices/disk/target[@bus='ide']") is not None:
         # QEMU saves an IDE controller wrongly between the start of a transfer and its command: an assertion in
         # hw/ide/pci.c ends it. See doc/source/contributor/decisions/ide-drives.rst.
         return ("a drive on the IDE bus can make QEMU abort at a checkpoint: give the image the properties "
                 "hw_cdrom_bus=scsi and hw_scsi_model=virtio-scsi (and no hw_disk_bus=ide), and create the server anew")
+    if (root.find("./memoryBacking/access[@mode='shared']") is not None
+            or root.find("./memoryBacking/source[@type='file']") is not None):
+        # What another process writes through its own mapping is not seen by a look at QEMU's.
+        return "shared or file-backed memory is not tracked: use a host without [libvirt]file_backed_memory"
     return ""
 
 
 def arm(domain_xml: str, monitor_path: str) -> str:
     """Returns the XML with our monitor, and with its virtio interfaces on QEMU's own backend.
 
-    vhost would move packets past QEMU, where no filter holds them. Idempotent.
+    vhost would move packets past QEMU, where no filter holds them. Free page reporting is switched off: what the guest
+    frees would be discarded by QEMU, and each discarded page is a written one for the next checkpoint. Idempotent.
     Raises Unsupported for an obstacle, for XML that libvirt would not take, or a path that QEMU's option syntax cannot
     carry.
     """
@@ -77,6 +83,8 @@ def arm(domain_xml: str, monitor_path: str) -> str:
         model = interface.find("model")
         if model is not None and model.get("type", "").startswith("virtio"):
             _child(interface, "driver").set("name", "qemu")
+    for balloon in root.findall("./devices/memballoon[@freePageReporting]"):
+        balloon.set("freePageReporting", "off")
     _set_arguments(root, [*_foreign_arguments(root), *_monitor_arguments(monitor_path)])
     return _text(root)
 

@@ -69,6 +69,20 @@ def test_a_drive_on_the_ide_bus_is_refused_with_what_to_do():
     assert not domain.obstacle(xml.replace("ide", "scsi"))
 
 
+@pytest.mark.parametrize("backing", ["<access mode='shared'/>", "<source type='file'/>"])
+def test_memory_that_others_may_write_is_refused(backing):
+    xml = PLAIN.replace("<vcpu>", f"<memoryBacking>{backing}</memoryBacking><vcpu>")
+    with pytest.raises(Unsupported, match="not tracked"):
+        domain.arm(xml, MONITOR)
+
+
+def test_an_armed_guest_keeps_the_pages_that_it_frees():
+    balloon = "<memballoon model='virtio' autodeflate='on' freePageReporting='on'/>"
+    armed = ElementTree.fromstring(domain.arm(PLAIN.replace("</devices>", balloon + "</devices>"), MONITOR))
+    assert armed.find("./devices/memballoon").attrib == {
+        "model": "virtio", "autodeflate": "on", "freePageReporting": "off"}
+
+
 def test_arming_twice_is_arming_once():
     once = domain.arm(PLAIN, MONITOR)
     assert domain.arm(once, MONITOR) == once
