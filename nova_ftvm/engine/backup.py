@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from nova_ftvm import ports
 from nova_ftvm.core import stream, wire
-from nova_ftvm.core.lease import Lease, Verdict, Watch
+from nova_ftvm.core.lease import HOLDS_REPLICA, Lease, Verdict, Watch
 from nova_ftvm.core.replica import Acknowledge, Replica, Write
 from nova_ftvm.engine import link as links
 from nova_ftvm.engine.faults import Fault, trip
@@ -124,8 +124,7 @@ class BackupEngine:
                 self._follow(self._lease.on_guest_gone(self._clock()))
             elif frame.kind is wire.Kind.BYE:
                 self._follow(self._lease.on_bye())
-            elif frame.kind is not wire.Kind.BEAT and not self._promoted:
-                # Also while the arbiter is asked: what is acknowledged before the grant is in the promoted guest.
+            elif frame.kind is not wire.Kind.BEAT and self._lease.watch in HOLDS_REPLICA:
                 self._take(frame)
 
     def _take(self, frame: wire.Frame) -> None:

@@ -183,6 +183,17 @@ def test_a_promotion_that_fails_is_told_and_no_guest_runs(bench: Bench) -> None:
     assert bench.control.told[-1] == "failed" and bench.domain.resumed == 0
 
 
+def test_nothing_is_acknowledged_after_the_grant_not_even_when_the_promotion_fails(bench: Bench) -> None:
+    peer = bench.protect()
+    bench.ask()
+    peer.raw(b"".join(epoch_frames(2, [pages([2], 22)], STATE)))
+    bench.control.grant(True)
+    bench.engine._on_control()
+    bench.engine._on_link()
+    assert bench.control.told[-1] != "promoted" and bench.lease.watch is Watch.PROMOTING
+    assert "ACK" not in peer.kinds() and bench.memory.pages == {(0, 1): 11}
+
+
 def test_the_primarys_word_that_qemu_ended_asks_at_once(bench: Bench) -> None:
     peer = bench.protect()
     peer.send(wire.Kind.GUEST_GONE, 1)
