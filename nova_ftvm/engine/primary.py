@@ -1,7 +1,7 @@
 """The primary's engine: carries out what core/epoch.py decides, for one guest, in one thread.
 
-Called by cmd/engine.py with its ports joined. Never stops the guest but for a checkpoint; if this process dies or
-hangs at any point of it, the gate closes (by the kernel, by the watchdog) and QEMU starts the guest by itself.
+Called by cmd/engine.py with its ports joined. Never stops the guest but for a checkpoint; if this process dies at any
+point of it, or hangs and is killed by the watchdog, the gate's keeper lets QEMU finish, and QEMU starts the guest.
 """
 
 import contextlib

@@ -3,19 +3,29 @@
 QEMU cannot finish xen-save-devices-state, so cannot start the guest, before the last byte fits into the pipe.
 A pipe of one page is the gate; once RAM is copied it is widened, so that the rest passes in one go.
 It must be a named FIFO: QEMU opens the target with O_TRUNC, which fails on a pipe passed by add-fd.
+
+A FIFO without a reader has a trap: to open it for writing waits for one, for ever. An engine that dies between its
+command and QEMU's open would leave QEMU, and the guest, waiting there. So each gate has a keeper, a forked process
+that does nothing until the engine is gone: then it lets QEMU in, throws away what it writes, and takes the path away,
+so that whoever opens it later gets an ordinary file (doc/source/contributor/decisions/gate-keeper.rst).
 """
 
 import fcntl
 import os
+import select
+from typing import NoReturn
 
 F_SETPIPE_SZ = 1031
 _NARROW = 4096
 _WIDE = 1 << 20
 _CHUNK = 1 << 20
+#: The keeper goes when QEMU has said nothing for so long; a save that still goes on then fails, and the guest runs.
+_QUIET_MS = 200
+_MOST_FDS = 1 << 20
 
 
 class Gate:
-    """Both ends are ours, so the FIFO never shows end-of-file. When this process dies it closes: QEMU's save fails."""
+    """Both ends are ours, so the FIFO never shows end-of-file. When this process dies, its keeper lets QEMU go on."""
 
     def __init__(self, path: str, owner: tuple[int, int] | None = None) -> None:
         if os.path.lexists(path):
@@ -25,6 +35,11 @@ class Gate:
             os.chown(path, *owner)
         self.path = path
         self._fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        engine_lives, self._lives = os.pipe()
+        self._keeper = os.fork()
+        if self._keeper == 0:
+            _keep(path, os.fstat(self._fd).st_ino, engine_lives)
+        os.close(engine_lives)
         self.narrow()
 
     def fileno(self) -> int:
@@ -49,6 +64,24 @@ class Gate:
             parts.append(part)
 
     def close(self) -> None:
+        """The keeper does it, as if this process had died; until it is done QEMU has a reader here too."""
+        os.close(self._lives)
+        os.waitpid(self._keeper, 0)
         os.close(self._fd)
-        if os.path.lexists(self.path):
-            os.unlink(self.path)
+
+
+def _keep(path: str, inode: int, engine_lives: int) -> NoReturn:
+    """The keeper's whole life, in a process of its own that holds nothing else of the engine's."""
+    try:
+        os.closerange(0, engine_lives)
+        os.closerange(engine_lives + 1, _MOST_FDS)
+        os.read(engine_lives, 1)
+        gate = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        if os.fstat(gate).st_ino == inode:
+            os.unlink(path)
+            waiting = select.poll()
+            waiting.register(gate, select.POLLIN)
+            while waiting.poll(_QUIET_MS) and os.read(gate, _CHUNK):
+                pass
+    finally:
+        os._exit(0)

@@ -2,7 +2,7 @@
 
 It needs no second process, fires while the process is stopped (SIGSTOP), blocked or spinning, and costs about
 2 µs to arm. What it protects: a guest that is held in a checkpoint by a process that hangs. Once the process is
-dead its FIFO closes, QEMU's save fails, and the guest runs on by itself.
+dead its gate's keeper lets QEMU finish, and the guest runs on by itself.
 """
 
 import ctypes

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -305,19 +306,51 @@ def test_a_narrow_gate_stops_the_writer_until_it_is_drained(tmp_path: Path) -> N
     assert not Path(gate.path).exists()
 
 
-def test_a_writer_whose_gates_owner_dies_gets_an_error(tmp_path: Path) -> None:
-    path = str(tmp_path / "gate")
+@contextmanager
+def gate_of_another(path: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that holds a gate, and does nothing with it."""
     owner = subprocess.Popen([sys.executable, "-c", "from nova_ftvm.host.gate import Gate; import time\n"
                               f"g = Gate({path!r}); print(flush=True); time.sleep(60)"], cwd=ROOT,
                              stdout=subprocess.PIPE, preexec_fn=die_with_the_tests)
+    assert owner.stdout is not None
     owner.stdout.readline()
-    with open(path, "wb", 0) as pipe:
-        writer = subprocess.Popen(["head", "-c", "300000", "/dev/zero"], stdout=pipe, stderr=subprocess.DEVNULL)
-    time.sleep(0.1)
-    assert writer.poll() is None
-    owner.kill()
-    owner.wait()
-    assert writer.wait(5.0) != 0
+    try:
+        yield owner
+    finally:
+        owner.kill()
+        owner.wait()
+
+
+def test_a_writer_is_let_go_on_when_the_gates_owner_dies(tmp_path: Path) -> None:
+    path = str(tmp_path / "gate")
+    with gate_of_another(path) as owner:
+        with open(path, "wb", 0) as pipe:
+            writer = subprocess.Popen(["head", "-c", "300000", "/dev/zero"], stdout=pipe)
+        time.sleep(0.1)
+        assert writer.poll() is None
+        owner.kill()
+        assert writer.wait(5.0) == 0
+    wait_for("the path goes", lambda: not os.path.exists(path), 5.0)
+
+
+@pytest.mark.parametrize("later_s", [0.0, 0.001, 0.01, 0.5])
+def test_a_gate_never_keeps_who_opens_it_after_its_owners_death(tmp_path: Path, later_s: float) -> None:
+    path = str(tmp_path / "gate")
+    with gate_of_another(path) as owner:
+        owner.kill()
+        time.sleep(later_s)
+        late = subprocess.Popen(["sh", "-c", f"head -c 300000 /dev/zero > '{path}'"], preexec_fn=die_with_the_tests)
+        assert late.wait(5.0) == 0
+
+
+def test_a_gates_keeper_leaves_a_younger_gate_at_its_place_alone(tmp_path: Path) -> None:
+    path = str(tmp_path / "gate")
+    with gate_of_another(path) as owner:
+        younger = Gate(path)
+        owner.kill()
+        time.sleep(0.5)
+        assert Path(path).is_fifo()
+        younger.close()
 
 
 def test_a_gate_takes_a_leftovers_place(tmp_path: Path) -> None:
