@@ -18,8 +18,8 @@ class Watch(enum.Enum):
     OVER = "the pair is the primary's, or ended"
 
 
-#: Epochs are taken and acknowledged in these only. Also while the arbiter is asked: what is acknowledged before the grant
-#: is in the promoted guest. After it nothing is: the primary's generation is over, whatever becomes of the promotion.
+#: Epochs are taken and acknowledged in these only. Also while the arbiter is asked: what is acknowledged before the
+#: grant is in the promoted guest. After it nothing is: the primary's generation is over, whatever comes of the promotion.
 HOLDS_REPLICA = frozenset({Watch.SYNCING, Watch.WATCHING, Watch.ASKING})
 
 
