@@ -19,7 +19,7 @@ class Watch(enum.Enum):
 
 
 #: Epochs are taken and acknowledged in these only. Also while the arbiter is asked: what is acknowledged before the
-#: grant is in the promoted guest. After it nothing is: the primary's generation is over, whatever comes of the promotion.
+#: grant is in the promoted guest. After it nothing is: the primary's generation is over, even if the promotion fails.
 HOLDS_REPLICA = frozenset({Watch.SYNCING, Watch.WATCHING, Watch.ASKING})
 
 
