@@ -321,7 +321,7 @@ def gate_of_another(path: str) -> Iterator[subprocess.Popen[bytes]]:
         owner.wait()
 
 
-def test_a_writer_is_let_go_on_when_the_gates_owner_dies(tmp_path: Path) -> None:
+def test_a_writer_is_not_kept_when_the_gates_owner_dies(tmp_path: Path) -> None:
     path = str(tmp_path / "gate")
     with gate_of_another(path) as owner:
         with open(path, "wb", 0) as pipe:
@@ -329,7 +329,8 @@ def test_a_writer_is_let_go_on_when_the_gates_owner_dies(tmp_path: Path) -> None
         time.sleep(0.1)
         assert writer.poll() is None
         owner.kill()
-        assert writer.wait(5.0) == 0
+        # The keeper came in time, or the writer was told that nobody reads; QEMU takes both.
+        assert writer.wait(5.0) in (0, -signal.SIGPIPE)
     wait_for("the path goes", lambda: not os.path.exists(path), 5.0)
 
 
