@@ -150,11 +150,6 @@ def standby_mark(domain_xml: str) -> StandbyMark | None:
         raise Unsupported(f"the domain's standby mark cannot be read: {error}") from error
 
 
-def mark_xml(mark: StandbyMark) -> str:
-    """Returns the mark alone, as virDomainSetMetadata takes it."""
-    return ElementTree.tostring(_mark_element(mark), encoding="unicode")
-
-
 def _parse(domain_xml: str) -> ElementTree.Element:
     # A document type could make entities expand without end, and libvirt never writes one.
     if "<!DOCTYPE" in domain_xml or "<!ENTITY" in domain_xml:

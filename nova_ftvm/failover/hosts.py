@@ -58,7 +58,7 @@ class Hosts:
         pairs: dict[str, Pair] = {pair.id: pair for pair in self._store.pairs([engine.pair_id for engine in engines])}
         for engine in engines:
             if engine.pair_id in pairs and _is_first_copy(pairs[engine.pair_id], name, engine):
-                self.progress(pairs[engine.pair_id], engine.state)
+                self._progress(pairs[engine.pair_id], engine.state)
         stale = [engine.pair_id for engine in engines
                  if (pair := pairs.get(engine.pair_id)) is not None and is_over(pair, name, engine)]
         for pair_id in stale:
@@ -66,10 +66,10 @@ class Hosts:
                         pairs[pair_id].generation, name)
         return stale
 
-    def progress(self, pair: Pair, said: str) -> None:
+    def _progress(self, pair: Pair, said: str) -> None:
         """How far the first copy is; written only when it moved, so that updated_at tells a copy that hangs."""
         reached = percent(said)
-        if pair.state is not PairState.SYNCING or reached == pair.progress:
+        if reached == pair.progress:
             return
         try:
             self._store.change(pair, progress=reached)

@@ -65,14 +65,9 @@ class Manager:
         return self._answer(pair_id, self.arbiter.request_degrade(PairId(pair_id), generation, host, reason))
 
     def report_protection(self, pair_id: str, generation: int, host: str, state: str, detail: str) -> dict[str, Any]:
-        match state:
-            case "protected":
-                grant = self.arbiter.synced(PairId(pair_id), generation, host)
-            case "syncing":
-                grant = self._progress(PairId(pair_id), generation, host, detail)
-            case _:
-                grant = self._failed(PairId(pair_id), generation, host, detail)
-        return self._answer(pair_id, grant)
+        if state == "protected":
+            return self._answer(pair_id, self.arbiter.synced(PairId(pair_id), generation, host))
+        return self._answer(pair_id, self._failed(PairId(pair_id), generation, host, detail))
 
     def report_promoted(self, pair_id: str, generation: int, host: str, timeline: dict[str, float],
                         failure: str) -> dict[str, Any]:
@@ -130,12 +125,6 @@ class Manager:
         if pair.generation != generation or host not in (pair.primary_host, pair.backup_host):
             return None, Grant(False, pair.generation, f"the pair is {pair.state} in generation {pair.generation}")
         return pair, Grant(True, pair.generation)
-
-    def _progress(self, pair_id: PairId, generation: int, host: str, detail: str) -> Grant:
-        pair, grant = self._of_side(pair_id, generation, host)
-        if pair is not None:
-            self._hosts.progress(pair, detail)
-        return grant
 
     def _failed(self, pair_id: PairId, generation: int, host: str, failure: str) -> Grant:
         pair, grant = self._of_side(pair_id, generation, host)

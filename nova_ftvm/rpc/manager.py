@@ -48,7 +48,8 @@ class ManagerApi(Protocol):
         """The primary asks to go on alone. Answer: a Grant as dict. It may release its output only when granted."""
 
     def report_protection(self, pair_id: str, generation: int, host: str, state: str, detail: str) -> dict[str, Any]:
-        """The primary's engine tells: state is 'syncing' (detail: percent), 'protected' or 'failed' (detail: why).
+        """The primary's engine tells: state is 'protected' or 'failed' (detail: why). How far the first copy is comes
+        with agent_report, in the engine's state: 'syncing 40 %'.
         Answer: a Grant. Not granted, with a newer generation: the voice is another host's, fence. Not granted, with
         the generation that was asked with: the pair was disarmed, the engine stops and the guest goes on."""
 
