@@ -44,6 +44,14 @@ class QemuError(FtvmError):
         self.description = description
 
 
+class MirrorLost(FtvmError):
+    """QEMU tells a disk's writes no more: no later epoch can be whole."""
+
+
+class ReplicaFailed(FtvmError):
+    """The standby's disks could not take a write."""
+
+
 class LostRace(FtvmError):
     """A compare-and-set found another generation or state: somebody else decided first."""
 

@@ -1,12 +1,13 @@
 """What the engine needs of the world. host/ implements these; tests give fakes; cmd/ joins them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from nova_ftvm.core.dirty import Pages
-from nova_ftvm.types import RamBlock
+from nova_ftvm.core.disk import DiskWrite
+from nova_ftvm.types import Disk, RamBlock
 
 Message = dict[str, Any]
 
@@ -71,13 +72,68 @@ class Memory(Protocol):
 
     def begin_capture(self) -> None: ...
 
+    def look(self) -> None: ...
+
     def capture(self) -> Iterator[Pages]: ...
 
 
-class Watchdog(Protocol):
-    """Kills this process unless it is disarmed in time."""
+class Mirror(Pollable, Protocol):
+    """The primary's disks: QEMU tells each write here before the guest learns that it is done.
 
-    def arm(self) -> None: ...
+    Readable when there is something to `receive`. A mirror that is not read makes the guest's writes wait.
+    """
+
+    disks: Sequence[Disk]
+
+    def start(self, shallow: Collection[int]) -> None:
+        """Begins: first what the disks hold already, then whatever is written. Returns at once.
+
+        shallow: numbers of the disks whose replica lies on the same base, so that only what differs is told.
+        """
+
+    def progress(self) -> tuple[int, int, bool]:
+        """(bytes told, bytes to tell in all, is all told and each write followed); asks QEMU."""
+
+    def receive(self) -> list[DiskWrite]:
+        """What came since the last call, in order, some MiB at most. Raises MirrorLost when QEMU ended a mirror."""
+
+    def confirm(self) -> None:
+        """Lets QEMU go on with what `receive` gave: only AFTER it is in the log."""
+
+    def close(self) -> None:
+        """Lets QEMU, and the guest, go on without us at once. Idempotent."""
+
+    def remove(self) -> None:
+        """After `close`: takes away what is left in QEMU, within a bounded time."""
+
+
+class ReplicaDisks(Pollable, Protocol):
+    """The standby's disks. Writes are done in order, in the background; each method raises ReplicaFailed when one
+    could not be done: the replica is of no use any more."""
+
+    disks: Sequence[Disk]
+
+    @property
+    def backlog(self) -> int:
+        """Bytes handed in and not yet written."""
+
+    def submit(self, writes: Sequence[DiskWrite]) -> None:
+        """Hands writes in; returns at once."""
+
+    def advance(self) -> None:
+        """Moves on with what can be done now: when readable, and after `submit`."""
+
+    def settle(self, timeout_s: float) -> None:
+        """Returns when all is written; and nobody writes any more: the guest may have its disks."""
+
+    def close(self) -> None:
+        """Writes no more. Idempotent."""
+
+
+class Watchdog(Protocol):
+    """Kills this process unless it is armed again, or disarmed, in time."""
+
+    def arm(self, slack_s: float = 0.0) -> None: ...
 
     def disarm(self) -> None: ...
 

@@ -62,6 +62,23 @@ class RamBlock:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Disk:
+    """One of the guest's disks. Its place in the table that both sides agreed on is its number on the wire."""
+
+    #: QEMU's path of the device, e.g. /machine/peripheral/virtio-disk0/virtio-backend: the same on both sides.
+    device: str
+    #: Bytes that the guest sees.
+    size: int
+    read_only: bool
+    #: What the image lies on, told by its contents: replicas on the same base need only what differs from it.
+    #: Empty for an image that lies on nothing.
+    base: str = ""
+    #: The block node and the image file in the QEMU that was asked.
+    node: str = ""
+    path: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Grant:
     """The arbiter's answer. Refusal carries the reason and the generation in force."""
 

@@ -24,6 +24,15 @@ from nova_ftvm.engine.stats import EpochLog
 from nova_ftvm.exception import FtvmError
 from nova_ftvm.host import qmp
 from nova_ftvm.host.control import ControlServer
+from nova_ftvm.host.disks import (
+    AttendedMonitor,
+    DiskMirror,
+    StandbyDisks,
+    ended_mirror,
+    guest_disks,
+    read_only_contents,
+    replicas,
+)
 from nova_ftvm.host.gate import Gate
 from nova_ftvm.host.libvirt import Host, StandbyDomain
 from nova_ftvm.host.memory import GuestMemory, TrackedMemory, ram_blocks
@@ -35,6 +44,8 @@ LOG = logging.getLogger(__name__)
 
 ENDED, FAILED, PROMOTED = 0, 1, 3
 
+#: QEMU writes to the mirror in pieces of at most so many bytes.
+_MAX_REQUEST = 1 << 20
 #: How long the process stays after its end, for an agent that has not read the last report.
 _FAREWELL_S = 60.0
 
@@ -60,6 +71,9 @@ class Order:
     beat_ms: float
     beat_misses: int
     ack_limit_ms: float
+    disk_copy_mib_s: int
+    disk_log_mib: int
+    replica_backlog_mib: int
     live_passes: int
     live_rest_pages: int
     nice: int
@@ -103,28 +117,38 @@ def main() -> int:
 
 def run_primary(order: Order, control: ControlServer) -> int:
     """The primary's side: connect first, so that a guest is not touched for a backup that is not there."""
-    monitor = qmp.Monitor(order.path("monitor.sock"))
-    blocks = ram_blocks(monitor)
-    hello = wire.Hello(order.pair_id, machine_type(monitor), tuple(blocks), "")
-    link = links.dial(order.address, order.port, order.generation, hello, order.token, order.frame_limit_bytes)
+    monitor = AttendedMonitor(order.path("monitor.sock"))
+    blocks, disks = ram_blocks(monitor), guest_disks(monitor)
+    hello = wire.Hello(order.pair_id, machine_type(monitor), tuple(blocks), disks=tuple(disks))
+    link, shallow = links.dial(order.address, order.port, order.generation, hello, order.token,
+                               order.frame_limit_bytes)
     pidfd = qmp.pidfd_of(monitor)
     memory = TrackedMemory(monitor.pid, pidfd, blocks)
     buffers = OutputBuffers(monitor, interfaces(monitor))
+    mirror = DiskMirror(monitor, disks, order.path("disks.sock"), order.qemu_owner, order.disk_copy_mib_s << 20,
+                        _MAX_REQUEST)
     gate = Gate(order.path("state.fifo"), order.qemu_owner)
     save = qmp.encode("xen-save-devices-state", {"filename": gate.path, "live": False}, "save")
     pace = Pace(epoch_s=order.epoch_ms / 1000, ack_limit_s=order.ack_limit_ms / 1000, beat_s=order.beat_ms / 1000,
                 live_passes=order.live_passes, live_rest_pages=order.live_rest_pages)
     engine = PrimaryEngine(
         generation=order.generation, loop=EpochLoop(pace, time.monotonic()), memory=memory,
-        talk=Conversation(monitor, gate, buffers, save), monitor=monitor, gate=gate, buffers=buffers, link=link,
+        talk=Conversation(monitor, gate, buffers, save, ended_mirror), monitor=monitor, gate=gate, buffers=buffers,
+        mirror=mirror, fixed=read_only_contents(disks), shallow=shallow, log_limit=order.disk_log_mib << 20, link=link,
         control=control, pidfd=pidfd, watchdog=Watchdog(order.hold_limit_ms / 1000),
         stats=EpochLog(order.path("epochs.jsonl")), frame_limit=order.frame_limit_bytes)
     control.report("started")
     try:
         phase = engine.run()
     finally:
-        # Before the farewell: whatever ended the engine, a guest that waits at the gate runs on.
+        # Before the farewell: whatever ended the engine, a guest that waits at the gate or for its disks runs on.
         gate.close()
+        mirror.close()
+        try:
+            mirror.remove()
+        except FtvmError as error:
+            # QEMU is gone, or the next engine takes it away; what ended this one is what counts.
+            LOG.warning("mirrors are left behind: %s", error)
     control.report("ended", phase=phase.name.lower())
     return ENDED
 
@@ -133,15 +157,16 @@ def run_backup(order: Order, control: ControlServer, domain: ports.Domain | None
     """The backup's side. The standby's RAM is made zero first: pages that are zero on the primary never come."""
     domain = domain or StandbyDomain(Host(order.libvirt_uri), order.instance_id)
     monitor = qmp.Monitor(order.path("monitor.sock"))
-    blocks = ram_blocks(monitor)
+    blocks, disks = ram_blocks(monitor), replicas(monitor)
     memory = GuestMemory(monitor.pid, blocks)
     memory.clear()
     listener = links.listen(order.address)
     lease = Lease(order.generation, order.beat_ms * order.beat_misses / 1000, time.monotonic())
     engine = BackupEngine(
         generation=order.generation, token=order.token,
-        expected=wire.Hello(order.pair_id, machine_type(monitor), tuple(blocks), ""), memory=memory, monitor=monitor,
-        domain=domain, listener=listener, control=control,
+        expected=wire.Hello(order.pair_id, machine_type(monitor), tuple(blocks), disks=tuple(disks)), memory=memory,
+        disks=StandbyDisks(monitor, disks, order.path("replica.sock")), backlog_limit=order.replica_backlog_mib << 20,
+        monitor=monitor, domain=domain, listener=listener, control=control,
         pidfd=qmp.pidfd_of(monitor), lease=lease, beat_s=order.beat_ms / 1000, frame_limit=order.frame_limit_bytes,
         stream_path=order.path("incoming.sock"))
     control.report("listening", port=listener.getsockname()[1])

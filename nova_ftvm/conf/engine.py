@@ -30,6 +30,18 @@ OPTS = [
         "live_rest_pages", default=1024, min=1,
         help="The first pause is taken as soon as a pass leaves no more than this number of dirty pages."),
     cfg.IntOpt(
+        "disk_copy_mib_s", default=100, min=0,
+        help="Most MiB a second that the first copy reads from each disk, so that the guest keeps its share. "
+             "0: no limit. What the guest writes itself is not limited by it."),
+    cfg.IntOpt(
+        "disk_log_mib", default=64, min=1, max=4096,
+        help="Most MiB of a server's disk writes that may be on their way to the backup. A guest that writes faster "
+             "than that waits; nothing is dropped. Bounds the memory of the primary's engine, and the backup's."),
+    cfg.IntOpt(
+        "replica_backlog_mib", default=64, min=1, max=4096,
+        help="Most MiB of committed disk writes that the backup may still have to write. Beyond it the primary waits "
+             "for its acknowledgement. A promotion writes the rest before the guest runs."),
+    cfg.IntOpt(
         "nice", default=-10, min=-20, max=19,
         help="Scheduling priority of the engines' processes. They need little of a processor, but at once: a "
              "guest stands still while they wait for one."),

@@ -83,6 +83,13 @@ def split(runs: np.ndarray, most_pages: int) -> list[np.ndarray]:
     return [np.array(part, np.uint32) for part in parts]
 
 
+def join(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Runs with the pages of both, each once, ascending."""
+    if not len(first) or not len(second):
+        return first if len(first) else second
+    return compress(np.union1d(expand(first), expand(second)))
+
+
 def without_zero(pages: Pages) -> Pages:
     """Drops the pages that are zero; for a replica that is known to be zero there."""
     matrix = pages.contents.view(np.uint64).reshape(-1, _WORDS)

@@ -53,6 +53,17 @@ class StandbyMark:
     backup_id: str
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class DiskFile:
+    """A disk's image on its host."""
+
+    #: The name that libvirt knows it by, e.g. vda.
+    target: str
+    path: str
+    #: raw or qcow2.
+    format: str
+
+
 def obstacle(domain_xml: str) -> str:
     """Why a guest with this XML must not be checkpointed, in one sentence; '' when it can be."""
     root = _parse(domain_xml)
@@ -65,7 +76,18 @@ def obstacle(domain_xml: str) -> str:
             or root.find("./memoryBacking/source[@type='file']") is not None):
         # What another process writes through its own mapping is not seen by a look at QEMU's.
         return "shared or file-backed memory is not tracked: use a host without [libvirt]file_backed_memory"
-    return ""
+    return next(filter(None, map(_disk_obstacle, root.findall("./devices/disk"))), "")
+
+
+def disks(domain_xml: str) -> list[DiskFile]:
+    """The disks that lie in files of the host; an empty drive has none."""
+    found = []
+    for disk in _parse(domain_xml).findall("./devices/disk[@type='file']"):
+        source, target, driver = (disk.find(tag) for tag in ("source", "target", "driver"))
+        if source is not None and target is not None and "file" in source.attrib:
+            image_format = "raw" if driver is None else driver.get("type", "raw")
+            found.append(DiskFile(target.get("dev", ""), source.attrib["file"], image_format))
+    return found
 
 
 def arm(domain_xml: str, monitor_path: str) -> str:
@@ -99,6 +121,8 @@ def standby(domain_xml: str, monitor_path: str, mark: StandbyMark, interfaces: M
     """
     root = _parse(domain_xml)
     _refuse_what_stays(root)
+    if why := obstacle(domain_xml):
+        raise Unsupported(why)
     root.attrib.pop("id", None)
     for seclabel in root.findall("seclabel"):
         if seclabel.get("type") == "dynamic":
@@ -245,6 +269,34 @@ def _refuse_what_stays(root: ElementTree.Element) -> None:
             raise Unsupported(f"{what} cannot be checkpointed")
 
 
+def _disk_obstacle(disk: ElementTree.Element) -> str:
+    """Why a disk's writes cannot be followed, or its image not be had on another host; '' when they can be."""
+    target, driver = disk.find("target"), disk.find("driver")
+    name = "a disk" if target is None else f"disk {target.get('dev')}"
+    if disk.get("device") == "floppy":
+        return "a floppy drive is not replicated: create the server without it"
+    if disk.get("type", "file") != "file":
+        return (f"{name} is no file of its host but of type {disk.get('type')}: detach it if it is a volume; local "
+                "disks are replicated with [libvirt]images_type qcow2, raw or flat")
+    image_format = "raw" if driver is None else driver.get("type", "raw")
+    if image_format not in ("raw", "qcow2"):
+        return f"{name} is an image of format {image_format}: only raw and qcow2 are replicated"
+    if image_format != "raw" and (disk.get("device") == "cdrom" or disk.find("readonly") is not None):
+        return f"{name} is read-only and of format {image_format}: create the server from a disk image, not from an ISO"
+    if disk.find(".//encryption") is not None:
+        return f"{name} is encrypted, and its key is on this host only: use a flavor and an image without encryption"
+    if disk.find("shareable") is not None:
+        return f"{name} may be written to by others, whose writes are not seen: detach the shared volume"
+    if disk.find("transient") is not None:
+        return f"{name} is transient and would be lost with its host: make it an ordinary one"
+    if driver is not None and driver.get("copy_on_read") == "on":
+        return f"{name} has copy_on_read, which writes what the guest did not: switch it off"
+    if disk.find("mirror") is not None:
+        # QEMU takes one such job a disk.
+        return f"{name} is being copied by a block job of libvirt: the server is protected once that has ended"
+    return ""
+
+
 def _float_vcpus(root: ElementTree.Element, cpuset: str | None) -> None:
     vcpu = root.find("vcpu")
     if vcpu is not None:
@@ -258,11 +310,11 @@ def _float_vcpus(root: ElementTree.Element, cpuset: str | None) -> None:
 
 
 def _forget_chain(disk: ElementTree.Element) -> None:
-    _remove(disk, "backingStore", "mirror")
+    _remove(disk, "backingStore")
     source = disk.find("source")
     if source is not None:
         source.attrib.pop("index", None)
-        # The startup policy and labels of a run.
+        # The labels of a run.
         _remove(source, "seclabel")
 
 

@@ -2,9 +2,9 @@
 
                        +--------------------------------------------------+
                        v                                                  |
-    COPYING --> STOPPING --> CAPTURED --> DRAINING --> UNACKNOWLEDGED --> RUNNING
-     (live)      (batch      (RAM copied,  (gate open)   (shipped; guest    (released)
-                  sent)       gate shut)                  runs, output held)
+    COPYING --> STOPPING --> STOPPED ---> DRAINING --> UNACKNOWLEDGED --> RUNNING
+     (live)      (batch      (disks come   (RAM copied,   (shipped; guest   (released)
+                  sent)       to rest)      gate open)     runs, output held)
     any of them, the peer lost --> HOLDING --grant--> ALONE
                                       +----refusal--> FENCED
 
@@ -22,6 +22,8 @@ from nova_ftvm.types import Epoch, Grant
 ASK_AGAIN_S = 0.5
 #: What the wait for an acknowledgement grows by with each page of the epoch: 80 MB/s, less than any link of use.
 ACK_ALLOWANCE_S = 50e-6
+#: What it grows by with each byte of the epoch's disk writes: 10 MB/s. Only a backup that is heard of gets it.
+DISK_ALLOWANCE_S = 100e-9
 #: A guest whose output is held for longer is paused: the buffers' own timers (host/netbuf.py, 71 min of the guest's
 #: time) would let it go by themselves, without a grant.
 HOLD_LIMIT_S = 1800.0
@@ -30,9 +32,9 @@ COPY_SILENCE_S = 5.0
 
 
 class Phase(enum.Enum):
-    COPYING = "copying RAM while the guest runs"
+    COPYING = "copying disks and RAM while the guest runs"
     STOPPING = "waiting for the guest to stop"
-    CAPTURED = "RAM copied, waiting for the device state"
+    STOPPED = "waiting for the guest's disks to come to rest"
     DRAINING = "reading the device state"
     UNACKNOWLEDGED = "waiting for the backup's acknowledgement"
     RUNNING = "between checkpoints"
@@ -43,7 +45,7 @@ class Phase(enum.Enum):
 
 
 #: Between the batch and the guest's restart: whatever happens, the checkpoint is finished first.
-PAUSED = frozenset({Phase.STOPPING, Phase.CAPTURED, Phase.DRAINING})
+PAUSED = frozenset({Phase.STOPPING, Phase.STOPPED, Phase.DRAINING})
 OVER = frozenset({Phase.ALONE, Phase.FENCED, Phase.ENDED})
 
 
@@ -52,14 +54,18 @@ class Act(enum.Enum):
     BUFFER = enum.auto()
     #: Send the batch: barrier, then save.
     CHECKPOINT = enum.auto()
-    #: Copy the written pages; the guest is stopped. Done twice an epoch: QEMU drains its disks in between.
+    #: Note the written pages: the processors are stopped, QEMU still ends its disk requests.
+    LOOK = enum.auto()
+    #: End the epoch's disk writes here, and copy its pages: the disks are at rest, nothing changes any more.
     CAPTURE = enum.auto()
-    #: Let QEMU write its device state, AFTER the second capture: the guest starts when all is read.
+    #: Let QEMU write its device state, AFTER the capture: the guest starts when all is read.
     OPEN_GATE = enum.auto()
     #: Send the epoch to the backup.
     SHIP = enum.auto()
     #: Let the output of the acknowledged epoch go.
     RELEASE = enum.auto()
+    #: Let the guest write to its disks without us: no epoch will come that could hold it.
+    UNMIRROR = enum.auto()
     #: Let all output go and take the buffers away.
     UNBUFFER = enum.auto()
     #: Pause the guest, BEFORE the buffers' own timers let go what is held.
@@ -68,7 +74,7 @@ class Act(enum.Enum):
     THAW = enum.auto()
     #: Ask the arbiter to go on alone.
     ASK = enum.auto()
-    #: Say that the pair's RAM and devices are on the backup for the first time.
+    #: Say that the pair's RAM, devices and disks are on the backup for the first time.
     REPORT_PROTECTED = enum.auto()
     #: Tell the backup that this is a planned end.
     SAY_BYE = enum.auto()
@@ -107,7 +113,8 @@ class EpochLoop:
         self._passes = 0
         self._next_checkpoint = now
         self._ack_limit_s = pace.ack_limit_s
-        self._ack_deadline = now
+        self._silence_limit_s = pace.ack_limit_s
+        self._shipped = now
         self._next_ask = now
         self._next_beat = now
         self._heard = now
@@ -122,8 +129,8 @@ class EpochLoop:
         acts: list[Act] = []
         if self.phase is Phase.RUNNING and self._guest_runs and now >= self._next_checkpoint:
             acts += self._checkpoint()
-        elif self.phase is Phase.UNACKNOWLEDGED and now >= self._ack_deadline:
-            acts += self._lose(f"no acknowledgement within {self._ack_limit_s * 1000:.0f} ms", now)
+        elif self.phase is Phase.UNACKNOWLEDGED and now >= self._ack_deadline():
+            acts += self._lose(f"no acknowledgement within {(now - self._shipped) * 1000:.0f} ms", now)
         elif self.phase is Phase.COPYING and now >= self._heard + COPY_SILENCE_S:
             acts += self._lose(f"nothing heard of the backup for {COPY_SILENCE_S:g} s", now)
         elif self.phase is Phase.HOLDING and now >= self._next_ask:
@@ -141,7 +148,7 @@ class EpochLoop:
         if self.phase is Phase.RUNNING and self._guest_runs:
             return min(self._next_checkpoint, self._next_beat)
         if self.phase is Phase.UNACKNOWLEDGED:
-            return min(self._ack_deadline, self._next_beat)
+            return min(self._ack_deadline(), self._next_beat)
         return self._next_ask if self.phase is Phase.HOLDING else self._next_beat
 
     # The checkpoint
@@ -151,7 +158,8 @@ class EpochLoop:
         self._heard = now
 
     def on_live_pass(self, pages: int) -> Acts:
-        """A pass of so many pages over RAM was sent. () means: one more, over what was written meanwhile."""
+        """The disks are followed, and a pass of so many pages over RAM was sent. () means: one more, over what was
+        written meanwhile."""
         if self.phase is not Phase.COPYING:
             return ()
         self._passes += 1
@@ -167,18 +175,18 @@ class EpochLoop:
         """QEMU's STOP event."""
         if self.phase is not Phase.STOPPING:
             return ()
-        self.phase = Phase.CAPTURED
-        return (Act.CAPTURE,)
+        self.phase = Phase.STOPPED
+        return (Act.LOOK,)
 
     def on_state_begins(self) -> Acts:
         """The first bytes of the device state are in the gate: QEMU's disks are drained."""
-        if self.phase is not Phase.CAPTURED:
+        if self.phase is not Phase.STOPPED:
             return ()
         self.phase = Phase.DRAINING
         return (Act.CAPTURE, Act.OPEN_GATE)
 
-    def on_resumed(self, now: float, pages: int) -> Acts:
-        """The device state is whole and the guest runs; the epoch has so many pages."""
+    def on_resumed(self, now: float, pages: int, disk_bytes: int) -> Acts:
+        """The device state is whole and the guest runs; the epoch has so many pages, and bytes of disk writes."""
         if self.phase is not Phase.DRAINING:
             return ()
         self._next_checkpoint = now + self._pace.epoch_s
@@ -187,8 +195,9 @@ class EpochLoop:
         if self.reason:
             return self._hold(now)
         self.phase = Phase.UNACKNOWLEDGED
-        self._ack_limit_s = self._pace.ack_limit_s + pages * ACK_ALLOWANCE_S
-        self._ack_deadline = now + self._ack_limit_s
+        self._silence_limit_s = self._pace.ack_limit_s + pages * ACK_ALLOWANCE_S
+        self._ack_limit_s = self._silence_limit_s + disk_bytes * DISK_ALLOWANCE_S
+        self._shipped = now
         return (Act.SHIP,)
 
     def on_checkpoint_failed(self, why: str, now: float) -> Acts:
@@ -206,6 +215,10 @@ class EpochLoop:
             return ()
         self.phase = Phase.RUNNING
         return (Act.RELEASE, Act.REPORT_PROTECTED) if epoch == 1 else (Act.RELEASE,)
+
+    def on_log_full(self, now: float) -> None:
+        """The guest's writes wait for room in the log: the next checkpoint makes it."""
+        self._next_checkpoint = min(self._next_checkpoint, now)
 
     # The pair
 
@@ -266,7 +279,12 @@ class EpochLoop:
     def _hold(self, now: float) -> Acts:
         self.phase = Phase.HOLDING
         self._freeze_at = now + HOLD_LIMIT_S
-        return self._ask(now)
+        return (Act.UNMIRROR, *self._ask(now))
+
+    def _ack_deadline(self) -> float:
+        """A backup that is not heard of has less time than one that takes in a long epoch."""
+        silent_at = max(self._shipped, self._heard) + self._silence_limit_s
+        return min(silent_at, self._shipped + self._ack_limit_s)
 
     def _ask(self, now: float) -> Acts:
         self._next_ask = now + ASK_AGAIN_S

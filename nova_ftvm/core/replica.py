@@ -1,16 +1,17 @@
 """What the backup knows of the guest: frames in, whole epochs out. PURE.
 
-Invariant: nothing of an epoch is written before its COMMIT arrived and fits what was staged; and once the first epoch
-is committed, only whole epochs are ever written. Pages copied before the first epoch (PRELOAD) are written at once:
-without a committed epoch there is nothing that a promotion could use.
+Invariant: nothing of an epoch is written, to RAM or disk, before its COMMIT arrived and fits what was staged; and once
+the first epoch is committed, only whole epochs are ever written. What is copied before the first epoch (PRELOAD,
+DISK_PRELOAD) is written at once: without a committed epoch there is nothing that a promotion could use.
 """
 
 import dataclasses
 from collections.abc import Sequence
 
 from nova_ftvm.core import dirty, wire
+from nova_ftvm.core.disk import DiskWrite
 from nova_ftvm.exception import ProtocolError
-from nova_ftvm.types import Epoch, RamBlock
+from nova_ftvm.types import Disk, Epoch, RamBlock
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -21,32 +22,43 @@ class Write:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class WriteDisks:
+    """Hand these to the disks now, in this order. They may be done later, but before the guest runs here."""
+
+    writes: tuple[DiskWrite, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Acknowledge:
     """Tell the primary, only AFTER the Write before it is done."""
 
     epoch: Epoch
 
 
-Action = Write | Acknowledge
+Action = Write | WriteDisks | Acknowledge
 
 
 class Replica:
     """One generation's replica. `device_state` belongs to `committed`, always."""
 
-    def __init__(self, blocks: Sequence[RamBlock]) -> None:
+    def __init__(self, blocks: Sequence[RamBlock], disks: Sequence[Disk] = ()) -> None:
         self._blocks = blocks
+        self._disks = disks
         self.committed = Epoch(0)
         self.device_state = b""
         self._forget()
 
     def on_frame(self, frame: wire.Frame) -> tuple[Action, ...]:
         """Raises ProtocolError, with nothing changed, for a frame that cannot come now."""
-        if frame.kind is wire.Kind.PRELOAD:
+        if frame.kind in (wire.Kind.PRELOAD, wire.Kind.DISK_PRELOAD):
             return self._preload(frame)
         if frame.epoch != self.committed + 1:
             raise ProtocolError(f"{frame.kind.name} of epoch {frame.epoch} after epoch {self.committed}")
         if frame.kind is wire.Kind.PAGES:
             self._staged.append(wire.decode_pages(frame, self._blocks))
+        elif frame.kind is wire.Kind.DISK:
+            self._staged_writes += wire.decode_disk(frame, self._disks)
+            self._disk_frames += 1
         elif frame.kind is wire.Kind.DEVICE:
             self._staged_state.append(frame.payload)
         elif frame.kind is wire.Kind.COMMIT:
@@ -56,23 +68,28 @@ class Replica:
         return ()
 
     def _preload(self, frame: wire.Frame) -> tuple[Action, ...]:
-        if self.committed or self._staged or self._staged_state:
-            raise ProtocolError("PRELOAD after the first epoch began")
+        if self.committed or self._staged or self._staged_state or self._disk_frames:
+            raise ProtocolError(f"{frame.kind.name} after the first epoch began")
+        if frame.kind is wire.Kind.DISK_PRELOAD:
+            return (WriteDisks(wire.decode_disk(frame, self._disks)),)
         return (Write((wire.decode_pages(frame, self._blocks),)),)
 
     def _commit(self, frame: wire.Frame) -> tuple[Action, ...]:
         expected = wire.decode_commit(frame)
-        staged = (len(self._staged) + len(self._staged_state), sum(pages.count for pages in self._staged))
+        staged = (len(self._staged) + len(self._staged_state) + self._disk_frames,
+                  sum(pages.count for pages in self._staged), len(self._staged_writes))
         if staged != expected:
-            raise ProtocolError(f"epoch {frame.epoch} has {expected} frames and pages, {staged} arrived")
+            raise ProtocolError(f"epoch {frame.epoch} has {expected} frames, pages and disk writes, {staged} arrived")
         if not self._staged_state:
             raise ProtocolError(f"epoch {frame.epoch} has no device state")
-        write = Write(tuple(self._staged))
+        write, disks = Write(tuple(self._staged)), WriteDisks(tuple(self._staged_writes))
         self.device_state = b"".join(self._staged_state)
         self.committed = frame.epoch
         self._forget()
-        return (write, Acknowledge(frame.epoch))
+        return (write, disks, Acknowledge(frame.epoch)) if disks.writes else (write, Acknowledge(frame.epoch))
 
     def _forget(self) -> None:
         self._staged: list[dirty.Pages] = []
         self._staged_state: list[wire.Buffer] = []
+        self._staged_writes: list[DiskWrite] = []
+        self._disk_frames = 0

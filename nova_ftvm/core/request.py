@@ -9,7 +9,11 @@ from collections.abc import Mapping, Sequence
 METADATA_KEY = "ft"
 STATE_KEY = "ft:state"
 REASON_KEY = "ft:reason"
+PROGRESS_KEY = "ft:progress"
 EXTRA_SPEC_KEY = "ftvm:enabled"
+
+ATTACHED_VOLUMES = ("volumes are not replicated: the server is protected again once its volumes are detached "
+                    "(openstack server remove volume)")
 
 #: The words that Nova's own check of a boolean extra spec lets through.
 _WORDS = {**dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True),
@@ -22,6 +26,7 @@ _REFUSED_SPECS = {
     "resources:VGPU": "a virtual GPU",
     "hw:vif_multiqueue_enabled": "multiqueue interfaces",
     "hw:mem_encryption": "encrypted memory",
+    "hw:ephemeral_encryption": "encrypted disks",
     "hw:boot_from_volume": "a boot volume",
     "hw:cpu_policy": "pinned processors",
     "hw:numa_nodes": "a NUMA topology",
@@ -32,6 +37,7 @@ _REFUSED_IMAGE_PROPERTIES = {
     "hw_mem_page_size": "huge pages",
     "hw_vif_multiqueue_enabled": "multiqueue interfaces",
     "hw_mem_encryption": "encrypted memory",
+    "hw_ephemeral_encryption": "encrypted disks",
     "hw_cpu_policy": "pinned processors",
     "hw_numa_nodes": "a NUMA topology",
     "hw_tpm_version": "a virtual TPM",
@@ -80,8 +86,10 @@ def read(metadata: Mapping[str, str], extra_specs: Mapping[str, str]) -> Request
 
 def obstacle(shape: Shape) -> str:
     """Returns why such a server cannot be protected, in one sentence; '' when it can."""
-    if not shape.has_image or shape.volumes:
-        return "the server uses volumes, which are not replicated: create it from an image, without volumes"
+    if not shape.has_image:
+        return "the server boots from a volume, and volumes are not replicated: create it from an image"
+    if shape.volumes:
+        return ATTACHED_VOLUMES
     for found, table, origin in ((shape.extra_specs, _REFUSED_SPECS, "flavor"),
                                  (shape.image_properties, _REFUSED_IMAGE_PROPERTIES, "image")):
         for key, what in table.items():

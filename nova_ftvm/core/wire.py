@@ -2,24 +2,25 @@
 
     0       4    5    6       8            16           24       28       32
     | magic |ver |kind| zero  | generation |   epoch    | length | crc32  | payload ...
-      FTVM    1    u8   u16      u64           u64         u32      u32      length bytes      (big endian)
+      FTVM    2    u8   u16      u64           u64         u32      u32      length bytes      (big endian)
 
 crc32 covers the first 28 bytes and the payload. A frame that is too long, of another version, damaged, or of
 another generation raises, and the decoder gives nothing more: the connection must be closed.
 
     backup                                    primary
       | CHALLENGE  32 random bytes        ->     |
-      |     <- HELLO  JSON: pair, machine, blocks, proof = HMAC-SHA256(token, challenge)
-      | WELCOME                           ->     |
-      |     <- PRELOAD ...  pages copied while the guest runs; no epoch yet
-      |     <- PAGES ... DEVICE ... COMMIT       |   one epoch; whole at COMMIT
+      |     <- HELLO  JSON: pair, machine, blocks, disks, proof = HMAC-SHA256(token, challenge)
+      | WELCOME  JSON: disks on the same base ->  |
+      |     <- PRELOAD, DISK_PRELOAD ...         |   copied while the guest runs; no epoch yet
+      |     <- DISK ... PAGES ... DEVICE ... COMMIT  one epoch; whole at COMMIT. DISK comes while the guest runs
       | ACK (epoch)                       ->     |   only AFTER the epoch is applied
       | BEAT                             <->     |   a sign of life
       |     <- GUEST_GONE  QEMU ended by itself  |
       |     <- BYE  a planned end                |
 
 PRELOAD and PAGES:  block u16 | zero u16 | runs u32 | runs x (first page u32, pages u32) little endian | contents
-COMMIT:             frames u32 | pages u64
+DISK_PRELOAD and DISK:  writes u32 | zero u32 | writes x (disk u16, op u16, length u32, offset u64) | contents
+COMMIT:             frames u32 | pages u64 | disk writes u64
 """
 
 import dataclasses
@@ -29,16 +30,17 @@ import hmac
 import json
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from nova_ftvm.core import dirty
+from nova_ftvm.core.disk import DiskOp, DiskWrite
 from nova_ftvm.exception import ProtocolError, StaleGeneration
-from nova_ftvm.types import PAGE, Epoch, Generation, RamBlock
+from nova_ftvm.types import PAGE, Disk, Epoch, Generation, RamBlock
 
-VERSION = 1
+VERSION = 2
 CHALLENGE_BYTES = 32
 #: Longest frame that is read from a peer that has not proved itself yet.
 GREETING_LIMIT = 1 << 16
@@ -47,10 +49,12 @@ _MAGIC = b"FTVM"
 _HEADER = struct.Struct(">4sBBHQQI")
 _CRC = struct.Struct(">I")
 _PAGES = struct.Struct(">HHI")
-_COMMIT = struct.Struct(">IQ")
+_DISK = struct.Struct(">II")
+_WRITE = struct.Struct(">HHIQ")
+_COMMIT = struct.Struct(">IQQ")
 HEADER_BYTES = _HEADER.size + _CRC.size
 
-Buffer = bytes | memoryview
+Buffer = bytes | bytearray | memoryview
 
 
 class Kind(enum.IntEnum):
@@ -65,6 +69,8 @@ class Kind(enum.IntEnum):
     BEAT = 9
     GUEST_GONE = 10
     BYE = 11
+    DISK_PRELOAD = 12
+    DISK = 13
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,7 +89,9 @@ class Hello:
     machine: str
     #: Names and sizes; the index is the frames' block number.
     blocks: tuple[RamBlock, ...]
-    proof: str
+    proof: str = ""
+    #: Devices, sizes and bases; the index is the writes' disk number.
+    disks: tuple[Disk, ...] = ()
 
 
 def encode(kind: Kind, generation: Generation, epoch: Epoch = Epoch(0), payload: Sequence[Buffer] = ()) -> list[Buffer]:
@@ -126,16 +134,76 @@ def decode_pages(frame: Frame, blocks: Sequence[RamBlock]) -> dirty.Pages:
     return dirty.Pages(block, runs, contents)
 
 
-def encode_commit(generation: Generation, epoch: Epoch, frames: int, pages: int) -> list[Buffer]:
-    return encode(Kind.COMMIT, generation, epoch, (_COMMIT.pack(frames, pages),))
+def fitting(writes: Iterable[DiskWrite], limit: int) -> list[DiskWrite]:
+    """The same writes, each small enough for a frame: in nearly every case they are already."""
+    most = limit - HEADER_BYTES - _DISK.size - _WRITE.size
+    fit: list[DiskWrite] = []
+    for write in writes:
+        if len(write.contents) <= most:
+            fit.append(write)
+            continue
+        view = memoryview(write.contents)
+        for done in range(0, write.length, most):
+            part = view[done:done + most]
+            fit.append(DiskWrite(write.disk, write.op, write.offset + done, len(part), part))
+    return fit
 
 
-def decode_commit(frame: Frame) -> tuple[int, int]:
-    """(frames, pages) of the epoch."""
+def encode_disk(kind: Kind, generation: Generation, epoch: Epoch, writes: Iterable[DiskWrite],
+                limit: int) -> Iterator[list[Buffer]]:
+    """DISK_PRELOAD or DISK frames with the `fitting` writes in their order, each frame no longer than `limit`."""
+    room = limit - HEADER_BYTES - _DISK.size
+    entries: list[bytes] = []
+    contents: list[Buffer] = []
+    left = room
+    for write in writes:
+        need = _WRITE.size + len(write.contents)
+        if need > left:
+            yield encode(kind, generation, epoch, (_DISK.pack(len(entries), 0), *entries, *contents))
+            entries, contents, left = [], [], room
+        entries.append(_WRITE.pack(write.disk, write.op, write.length, write.offset))
+        if write.contents:
+            contents.append(write.contents)
+        left -= need
+    if entries:
+        yield encode(kind, generation, epoch, (_DISK.pack(len(entries), 0), *entries, *contents))
+
+
+def decode_disk(frame: Frame, disks: Sequence[Disk]) -> tuple[DiskWrite, ...]:
+    """The writes of a DISK_PRELOAD or DISK frame, checked against the table of disks; contents are not copied."""
+    payload = memoryview(frame.payload)
+    try:
+        number, _ = _DISK.unpack_from(payload)
+        place = _DISK.size + number * _WRITE.size
+        entries = list(_WRITE.iter_unpack(payload[_DISK.size:place]))
+    except struct.error as error:
+        raise ProtocolError(f"a {frame.kind.name} frame is cut short") from error
+    writes = []
+    for disk, op, length, offset in entries:
+        if disk >= len(disks) or op not in DiskOp.__members__.values():
+            raise ProtocolError(f"a {frame.kind.name} frame has operation {op} on disk {disk} of {len(disks)}")
+        if not length or offset + length > disks[disk].size:
+            raise ProtocolError(f"a {frame.kind.name} frame leaves disk {disk}: {length} bytes at {offset}")
+        if disks[disk].read_only and frame.kind is Kind.DISK:
+            raise ProtocolError(f"a DISK frame writes to disk {disk}, which is read-only")
+        size = length if op == DiskOp.WRITE else 0
+        writes.append(DiskWrite(disk, DiskOp(op), offset, length, payload[place:place + size] if size else b""))
+        place += size
+    if len(entries) != number or place != len(payload):
+        raise ProtocolError(f"a {frame.kind.name} frame's contents do not fit its writes")
+    return tuple(writes)
+
+
+def encode_commit(generation: Generation, epoch: Epoch, frames: int, pages: int, writes: int) -> list[Buffer]:
+    return encode(Kind.COMMIT, generation, epoch, (_COMMIT.pack(frames, pages, writes),))
+
+
+def decode_commit(frame: Frame) -> tuple[int, int, int]:
+    """(frames, pages, disk writes) of the epoch."""
     if len(frame.payload) != _COMMIT.size:
         raise ProtocolError("a COMMIT frame of a wrong length")
-    frames, pages = _COMMIT.unpack(frame.payload)
-    return frames, pages
+    frames, pages, writes = _COMMIT.unpack(frame.payload)
+    return frames, pages, writes
 
 
 def prove(token: str, challenge: bytes) -> str:
@@ -145,7 +213,8 @@ def prove(token: str, challenge: bytes) -> str:
 
 def encode_hello(generation: Generation, hello: Hello) -> list[Buffer]:
     body = {"pair_id": hello.pair_id, "machine": hello.machine, "proof": hello.proof,
-            "blocks": [[block.name, block.size] for block in hello.blocks]}
+            "blocks": [[block.name, block.size] for block in hello.blocks],
+            "disks": [[disk.device, disk.size, disk.read_only, disk.base] for disk in hello.disks]}
     return encode(Kind.HELLO, generation, payload=(json.dumps(body).encode(),))
 
 
@@ -156,13 +225,30 @@ def decode_hello(frame: Frame, token: str, challenge: bytes) -> Hello:
     try:
         body: dict[str, Any] = json.loads(bytes(frame.payload))
         hello = Hello(str(body["pair_id"]), str(body["machine"]),
-                      tuple(RamBlock(str(name), int(size)) for name, size in body["blocks"]), str(body["proof"]))
+                      tuple(RamBlock(str(name), int(size)) for name, size in body["blocks"]),
+                      str(body["proof"]),
+                      tuple(Disk(str(device), int(size), bool(read_only), str(base))
+                            for device, size, read_only, base in body["disks"]))
         proof = hello.proof.encode()
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ProtocolError("a HELLO that cannot be read") from error
     if not hmac.compare_digest(proof, prove(token, challenge).encode()):
         raise ProtocolError("the peer does not know the pair's token")
     return hello
+
+
+def encode_welcome(generation: Generation, shallow: Sequence[int]) -> list[Buffer]:
+    """`shallow`: numbers of the disks whose replica lies on the same base as the primary's."""
+    return encode(Kind.WELCOME, generation, payload=(json.dumps({"shallow": list(shallow)}).encode(),))
+
+
+def decode_welcome(frame: Frame) -> frozenset[int]:
+    if frame.kind is not Kind.WELCOME:
+        raise ProtocolError(f"{frame.kind.name} instead of WELCOME")
+    try:
+        return frozenset(int(number) for number in json.loads(bytes(frame.payload))["shallow"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ProtocolError("a WELCOME that cannot be read") from error
 
 
 class Decoder:

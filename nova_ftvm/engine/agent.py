@@ -52,6 +52,8 @@ class Guests(Protocol):
 
     def live_xml(self, instance_id: str) -> str: ...
 
+    def disk_size(self, instance_id: str, target: str) -> int: ...
+
     def has_monitor(self, instance_id: str, domain_xml: str) -> bool: ...
 
     def destroy(self, instance_id: str) -> bool: ...
@@ -104,12 +106,13 @@ class Agent:
     def describe_domain(self, instance_id: str) -> dict[str, Any]:
         try:
             domain_xml = self._guests.live_xml(instance_id)
+            disks = {disk.target: self._guests.disk_size(instance_id, disk.target) for disk in domain.disks(domain_xml)}
         except FtvmError as error:
             return {"domain_xml": "", "armed": False, "reason": str(error)}
         armed = self._guests.has_monitor(instance_id, domain_xml)
         reason = "" if armed else (domain.obstacle(domain_xml)
                                    or "the server was started without fault tolerance: hard-reboot it")
-        return {"domain_xml": domain_xml, "armed": armed, "reason": reason}
+        return {"domain_xml": domain_xml, "armed": armed, "reason": reason, "disks": disks}
 
     def start_backup(self, pair_id: str, generation: int, instance_id: str, token: str) -> dict[str, Any]:
         watched = self._start(Role.BACKUP, pair_id, generation, instance_id, token, self._data_address, 0)

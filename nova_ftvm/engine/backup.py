@@ -13,31 +13,37 @@ from collections.abc import Callable
 from nova_ftvm import ports
 from nova_ftvm.core import stream, wire
 from nova_ftvm.core.lease import HOLDS_REPLICA, Lease, Verdict, Watch
-from nova_ftvm.core.replica import Acknowledge, Replica, Write
+from nova_ftvm.core.replica import Acknowledge, Replica, Write, WriteDisks
 from nova_ftvm.engine import link as links
 from nova_ftvm.engine.faults import Fault, trip
 from nova_ftvm.engine.link import Link, PeerLost
 from nova_ftvm.engine.promote import promote
-from nova_ftvm.exception import FtvmError, GuestGone, ProtocolError
-from nova_ftvm.types import Generation, Grant
+from nova_ftvm.exception import FtvmError, GuestGone, ProtocolError, ReplicaFailed
+from nova_ftvm.types import Epoch, Generation, Grant
 
 LOG = logging.getLogger(__name__)
 
 #: A standby whose primary never comes is not kept.
 _FIRST_CONTACT_S = 60.0
+#: What is committed and not yet written to the disks must be written before the guest runs; it is bounded.
+_SETTLE_S = 10.0
 
 
 class BackupEngine:
     """One standby. `run()` returns True when it was promoted: the domain is the guest now."""
 
     def __init__(self, *, generation: Generation, token: str, expected: wire.Hello, memory: ports.WritableMemory,
-                 monitor: ports.Monitor, domain: ports.Domain, listener: socket.socket, control: ports.Control,
-                 pidfd: int, lease: Lease, beat_s: float, frame_limit: int, stream_path: str,
+                 disks: ports.ReplicaDisks, backlog_limit: int, monitor: ports.Monitor, domain: ports.Domain,
+                 listener: socket.socket, control: ports.Control, pidfd: int, lease: Lease, beat_s: float,
+                 frame_limit: int, stream_path: str,
                  clock: Callable[[], float] = time.monotonic, wall_clock: Callable[[], float] = time.time) -> None:
+        """backlog_limit: bytes that may wait for the standby's disks; more than that holds the acknowledgement back."""
         self._generation = generation
         self._token = token
         self._expected = expected
         self._memory = memory
+        self._disks = disks
+        self._backlog_limit = backlog_limit
         self._monitor = monitor
         self._domain = domain
         self._listener = listener
@@ -48,7 +54,9 @@ class BackupEngine:
         self._stream_path = stream_path
         self._clock = clock
         self._wall_clock = wall_clock
-        self._replica = Replica(memory.blocks)
+        self._replica = Replica(memory.blocks, disks.disks)
+        #: The epoch whose acknowledgement waits for the disks.
+        self._owed: Epoch | None = None
         self._link: Link | None = None
         self._next_beat = 0.0
         self._contact_deadline = clock() + _FIRST_CONTACT_S
@@ -59,11 +67,15 @@ class BackupEngine:
         self._selector.register(listener, selectors.EVENT_READ, self._on_connection)
         self._selector.register(control, selectors.EVENT_READ, self._on_control)
         self._selector.register(monitor, selectors.EVENT_READ, self._on_monitor)
+        self._selector.register(disks, selectors.EVENT_READ, self._on_disks)
         self._selector.register(pidfd, selectors.EVENT_READ, self._on_standby_gone)
 
     def run(self) -> bool:
-        while self._lease.watch is not Watch.OVER and not self._failure and not self._promoted:
-            self._turn()
+        try:
+            while self._lease.watch is not Watch.OVER and not self._failure and not self._promoted:
+                self._turn()
+        finally:
+            self._disks.close()
         if self._failure:
             self._control.report("failed", reason=self._failure)
         LOG.info("the backup's part ended: %s", "promoted" if self._promoted else self._failure or "given up")
@@ -71,6 +83,7 @@ class BackupEngine:
 
     def _turn(self) -> None:
         try:
+            self._watch_link()
             for key, _ in self._selector.select(self._patience()):
                 key.data()
             self._beat()
@@ -82,6 +95,8 @@ class BackupEngine:
             self._lose_link()
         except GuestGone as gone:
             self._failure = f"the standby ended: {gone}"
+        except ReplicaFailed as failed:
+            self._failure = str(failed)
 
     def _patience(self) -> float:
         due = [self._next_beat if self._link else self._contact_deadline]
@@ -112,7 +127,6 @@ class BackupEngine:
             LOG.warning("refused a connection from %s: %s", peer[0], refused)
             return
         self._link = link
-        self._selector.register(link, selectors.EVENT_READ, self._on_link)
         self._lease.on_heard(self._clock())
 
     def _on_link(self) -> None:
@@ -134,11 +148,39 @@ class BackupEngine:
                 for pages in action.pages:
                     self._memory.write(pages)
                 trip(Fault.APPLIED)
-            elif isinstance(action, Acknowledge) and self._link is not None:
+            elif isinstance(action, WriteDisks):
+                self._disks.submit(action.writes)
+                self._disks.advance()
+            elif isinstance(action, Acknowledge):
                 self._lease.on_committed()
-                self._link.send_bare(wire.Kind.ACK, action.epoch)
+                self._owed = action.epoch
+                self._acknowledge()
                 # Applying took time in which nothing was read: that was not the primary's silence.
                 self._lease.on_heard(self._clock())
+
+    def _acknowledge(self) -> None:
+        """An epoch is committed once it is here; but a primary that is faster than these disks has to wait."""
+        if self._owed is not None and self._link is not None and self._disks.backlog <= self._backlog_limit:
+            self._link.send_bare(wire.Kind.ACK, self._owed)
+            self._owed = None
+
+    def _on_disks(self) -> None:
+        self._disks.advance()
+        self._acknowledge()
+
+    def _watch_link(self) -> None:
+        """The first copy, which no acknowledgement slows down, is read no faster than it can be written."""
+        if self._link is None:
+            return
+        watched = self._link in self._selector.get_map()
+        wanted = self._replica.committed > 0 or self._disks.backlog <= self._backlog_limit
+        if wanted and not watched:
+            self._selector.register(self._link, selectors.EVENT_READ, self._on_link)
+        elif watched and not wanted:
+            self._selector.unregister(self._link)
+        if not wanted:
+            # Nothing is heard of the primary because nobody listens.
+            self._lease.on_heard(self._clock())
 
     def _on_control(self) -> None:
         for order in self._control.orders():
@@ -167,6 +209,9 @@ class BackupEngine:
         self._timeline["granted_at"] = self._wall_clock()
         LOG.info("promoting epoch %d: %s", self._replica.committed, self._lease.evidence)
         try:
+            trip(Fault.BEFORE_SETTLE)
+            self._disks.settle(_SETTLE_S)
+            trip(Fault.SETTLED)
             promote(self._monitor, self._domain, stream.incoming(
                 self._expected.machine, self._memory.blocks, self._replica.device_state), self._stream_path)
         except FtvmError as failed:
@@ -183,7 +228,8 @@ class BackupEngine:
 
     def _lose_link(self) -> None:
         if self._link is not None:
-            self._selector.unregister(self._link)
+            if self._link in self._selector.get_map():
+                self._selector.unregister(self._link)
             self._link.close()
             self._link = None
         self._follow(self._lease.on_peer_lost(self._clock()))

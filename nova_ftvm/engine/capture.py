@@ -6,10 +6,11 @@ Owns the order in which those are believed. Called by the primary's loop, which 
 
 import dataclasses
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from nova_ftvm import ports
 from nova_ftvm.core import dirty
+from nova_ftvm.engine.diskstream import Cut
 
 _SAVE = "save"
 
@@ -26,6 +27,8 @@ class GuestEvent(enum.Enum):
     UNPAUSED = enum.auto()
     #: The guest ended itself; QEMU follows.
     SHUTDOWN = enum.auto()
+    #: One of our mirrors is over, for a reason that is in `Conversation.lost_mirror`.
+    MIRROR_OVER = enum.auto()
 
 
 @dataclasses.dataclass(slots=True)
@@ -34,6 +37,8 @@ class Checkpoint:
 
     pages: list[dirty.Pages] = dataclasses.field(default_factory=list)
     state: bytearray = dataclasses.field(default_factory=bytearray)
+    #: Where the epoch's disk writes ended.
+    cut: Cut = dataclasses.field(default_factory=Cut)
     stopped_us: int = 0
     resumed_us: int = 0
     failure: str = ""
@@ -51,13 +56,17 @@ class Checkpoint:
 class Conversation:
     """The checkpoints of one guest, one at a time."""
 
-    def __init__(self, monitor: ports.Monitor, gate: ports.Gate, buffers: ports.NetBuffer, save: bytes) -> None:
-        """`save`: the command, as a QMP line with the id 'save', that writes the device state to the gate."""
+    def __init__(self, monitor: ports.Monitor, gate: ports.Gate, buffers: ports.NetBuffer, save: bytes,
+                 ended_mirror: Callable[[ports.Message], str]) -> None:
+        """`save`: the command, as a QMP line with the id 'save', that writes the device state to the gate.
+        `ended_mirror`: why a mirror of ours is over, if an event says so."""
         self._monitor = monitor
         self._gate = gate
         self._buffers = buffers
         self._batch = buffers.barrier + save
         self._saving = False
+        self._ended_mirror = ended_mirror
+        self.lost_mirror = ""
         #: A barrier or a release that failed: output that is not under our control.
         self._broken = ""
         self.current = Checkpoint()
@@ -92,7 +101,9 @@ class Conversation:
         if name == "SHUTDOWN":
             return GuestEvent.SHUTDOWN
         if name not in ("STOP", "RESUME"):
-            return None
+            why = self._ended_mirror(message)
+            self.lost_mirror = self.lost_mirror or why
+            return GuestEvent.MIRROR_OVER if why else None
         if not self._saving:
             return GuestEvent.PAUSED if name == "STOP" else GuestEvent.UNPAUSED
         stamp = message["timestamp"]

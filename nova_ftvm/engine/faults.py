@@ -13,8 +13,11 @@ import time
 class Fault(enum.Enum):
     """Where. Each is between two steps of the protocol."""
 
+    MIRROR_STARTED = "mirror-started"
+    DISK_SHIPPED = "disk-shipped"
     BEFORE_BATCH = "before-batch"
     BATCH_SENT = "batch-sent"
+    LOG_CUT = "log-cut"
     CAPTURED = "captured"
     GATE_OPEN = "gate-open"
     BEFORE_SHIP = "before-ship"
@@ -23,6 +26,8 @@ class Fault(enum.Enum):
     BEFORE_RELEASE = "before-release"
     BEFORE_APPLY = "before-apply"
     APPLIED = "applied"
+    BEFORE_SETTLE = "before-settle"
+    SETTLED = "settled"
     BEFORE_LOAD = "before-load"
     LOADED = "loaded"
 

@@ -4,10 +4,13 @@ Never blocks the epoch loop: what the socket does not take stays queued. Nothing
 fails ends (`PeerLost`), and the loop decides what that means.
 """
 
+import dataclasses
 import os
 import socket
 import time
 from collections import deque
+from collections.abc import Sequence
+from typing import Any
 
 from nova_ftvm.core import wire
 from nova_ftvm.exception import FtvmError, ProtocolError
@@ -33,6 +36,8 @@ class Link:
         self._generation = generation
         self._decoder = wire.Decoder(generation, limit)
         self._queue: deque[memoryview] = deque()
+        #: Bytes that the kernel has not taken yet.
+        self.queued = 0
         self._early: list[wire.Frame] = []
 
     def fileno(self) -> int:
@@ -50,6 +55,7 @@ class Link:
     def send(self, buffers: list[wire.Buffer]) -> None:
         """Queues one frame and sends what can be sent now."""
         self._queue.extend(memoryview(buffer) for buffer in buffers if len(buffer))
+        self.queued += sum(len(buffer) for buffer in buffers)
         self.flush()
 
     def send_bare(self, kind: wire.Kind, epoch: Epoch = Epoch(0)) -> None:
@@ -95,6 +101,7 @@ class Link:
         self._socket.close()
 
     def _drop(self, sent: int) -> None:
+        self.queued -= sent
         while sent:
             head = self._queue.popleft()
             if len(head) > sent:
@@ -103,8 +110,12 @@ class Link:
             sent -= len(head)
 
 
-def dial(address: str, port: int, generation: Generation, hello: wire.Hello, token: str, limit: int) -> Link:
-    """The primary's side of the greeting. `hello.proof` is filled in here. Raises PeerLost or ProtocolError."""
+def dial(address: str, port: int, generation: Generation, hello: wire.Hello, token: str,
+         limit: int) -> tuple[Link, frozenset[int]]:
+    """The primary's side of the greeting. `hello.proof` is filled in here. Raises PeerLost or ProtocolError.
+
+    Returns the connection, and the numbers of the disks whose replica lies on the same base.
+    """
     try:
         connection = socket.create_connection((address, port), GREETING_TIMEOUT_S)
     except OSError as error:
@@ -113,12 +124,12 @@ def dial(address: str, port: int, generation: Generation, hello: wire.Hello, tok
     try:
         challenge = _expect(link, wire.Kind.CHALLENGE)
         proof = wire.prove(token, bytes(challenge.payload))
-        link.send(wire.encode_hello(generation, wire.Hello(hello.pair_id, hello.machine, hello.blocks, proof)))
-        _expect(link, wire.Kind.WELCOME)
+        link.send(wire.encode_hello(generation, dataclasses.replace(hello, proof=proof)))
+        shallow = wire.decode_welcome(link.await_frame())
     except FtvmError:
         link.close()
         raise
-    return link
+    return link, shallow
 
 
 def answer(connection: socket.socket, generation: Generation, token: str, expected: wire.Hello, limit: int) -> Link:
@@ -130,7 +141,7 @@ def answer(connection: socket.socket, generation: Generation, token: str, expect
         hello = wire.decode_hello(link.await_frame(), token, challenge)
         _check_fit(hello, expected)
         link.widen(limit)
-        link.send_bare(wire.Kind.WELCOME)
+        link.send(wire.encode_welcome(generation, _on_same_base(hello, expected)))
     except FtvmError:
         link.close()
         raise
@@ -152,15 +163,25 @@ def _expect(link: Link, kind: wire.Kind) -> wire.Frame:
     return frame
 
 
+def _on_same_base(hello: wire.Hello, expected: wire.Hello) -> list[int]:
+    return [number for number, (ours, theirs) in enumerate(zip(expected.disks, hello.disks, strict=True))
+            if ours.base and ours.base == theirs.base]
+
+
 def _check_fit(hello: wire.Hello, expected: wire.Hello) -> None:
     if hello.pair_id != expected.pair_id:
         raise ProtocolError(f"the peer belongs to pair {hello.pair_id}")
     if hello.machine != expected.machine:
         raise ProtocolError(f"the primary is a {hello.machine}, the standby a {expected.machine}: "
                             "install the same QEMU on both hosts")
-    ours = [(block.name, block.size) for block in expected.blocks]
-    theirs = [(block.name, block.size) for block in hello.blocks]
+    _check_same("RAM blocks", [(block.name, block.size) for block in expected.blocks],
+                [(block.name, block.size) for block in hello.blocks])
+    _check_same("disks", [(disk.device, disk.size, disk.read_only) for disk in expected.disks],
+                [(disk.device, disk.size, disk.read_only) for disk in hello.disks])
+
+
+def _check_same(what: str, ours: Sequence[tuple[Any, ...]], theirs: Sequence[tuple[Any, ...]]) -> None:
+    """A frame names a block or a disk by its place in the table, so the order counts."""
     if ours != theirs:
-        # A frame names a block by its place in the table, so the order counts.
-        differing = sorted({name for name, _ in set(ours) ^ set(theirs)}) or ["in their order"]
-        raise ProtocolError(f"RAM blocks differ between primary and standby: {', '.join(differing)}")
+        differing = sorted({name for name, *_ in set(ours) ^ set(theirs)}) or ["in their order"]
+        raise ProtocolError(f"{what} differ between primary and standby: {', '.join(differing)}")

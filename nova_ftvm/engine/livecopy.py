@@ -1,4 +1,4 @@
-"""The first copy of RAM, while the guest runs: passes over what exists, then over what was written meanwhile.
+"""The first copy's RAM, while the guest runs: passes over what exists, then over what was written meanwhile.
 
 Gives pieces small enough that the loop can do other things in between. The order makes it safe: a page is
 write-protected BEFORE it is read, so that a write after the read is seen by the next pass or by the first checkpoint.
@@ -25,9 +25,9 @@ class LiveCopy:
         self._sent = self._total = 0
 
     @property
-    def percent(self) -> int:
-        """How much of what is known is sent, 0 to 99: it is whole only with the first checkpoint."""
-        return min(99, 100 * self._sent // max(1, self._total))
+    def percent(self) -> float:
+        """How much of what is known is sent."""
+        return 100 * self._sent / max(1, self._total)
 
     def start_pass(self) -> int:
         """Protects what exists, later what was written, and makes it the next pass. Returns its pages."""

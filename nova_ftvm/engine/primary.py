@@ -8,32 +8,39 @@ import contextlib
 import logging
 import selectors
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from nova_ftvm import ports
-from nova_ftvm.core import dirty, wire
-from nova_ftvm.core.epoch import OVER, Act, Acts, EpochLoop, Phase
+from nova_ftvm.core import wire
+from nova_ftvm.core.disk import DiskWrite
+from nova_ftvm.core.epoch import OVER, PAUSED, Act, Acts, EpochLoop, Phase
 from nova_ftvm.engine.capture import Conversation, GuestEvent
+from nova_ftvm.engine.diskstream import DiskStream
 from nova_ftvm.engine.faults import Fault, trip
+from nova_ftvm.engine.firstcopy import FirstCopy
 from nova_ftvm.engine.link import Link, PeerLost
-from nova_ftvm.engine.livecopy import LiveCopy
 from nova_ftvm.engine.stats import EpochLog
-from nova_ftvm.exception import GuestGone, ProtocolError
-from nova_ftvm.types import Epoch, Generation, Grant
+from nova_ftvm.exception import GuestGone, MirrorLost, ProtocolError
+from nova_ftvm.types import Generation, Grant
 
 LOG = logging.getLogger(__name__)
 
-#: Progress of the first copy is told in such steps.
-_PERCENT_STEP = 10
+#: Progress of the first copy is told so often.
+_PROGRESS_S = 1.0
+#: What a guest's write may wait for the loop beside the watchdog's limit, while the first copy asks QEMU things.
+_COPY_SLACK_S = 10.0
 
 
 class PrimaryEngine:
     """One guest's protection, from the first copy to its end. `run()` returns when the loop is over."""
 
     def __init__(self, *, generation: Generation, loop: EpochLoop, memory: ports.Memory, talk: Conversation,
-                 monitor: ports.Monitor, gate: ports.Gate, buffers: ports.NetBuffer, link: Link,
+                 monitor: ports.Monitor, gate: ports.Gate, buffers: ports.NetBuffer, mirror: ports.Mirror,
+                 fixed: Iterator[DiskWrite], shallow: Collection[int], log_limit: int, link: Link,
                  control: ports.Control, pidfd: int, watchdog: ports.Watchdog, stats: EpochLog, frame_limit: int,
                  clock: Callable[[], float] = time.monotonic) -> None:
+        """fixed: contents of the disks that nobody writes to. shallow: the disks whose replica lies on the same base.
+        log_limit: bytes of disk writes that may be on their way."""
         self._generation = generation
         self._loop = loop
         self._memory = memory
@@ -48,10 +55,11 @@ class PrimaryEngine:
         self._stats = stats
         self._limit = frame_limit
         self._clock = clock
-        self._copy = LiveCopy(memory)
-        self._pieces: Iterator[dirty.Pages] | None = None
-        self._pass_pages = 0
-        self._told_percent = -_PERCENT_STEP
+        self._mirror = mirror
+        self._shallow = shallow
+        self._disks = DiskStream(mirror, log_limit, generation, frame_limit, self._send)
+        self._copy = FirstCopy(memory, mirror, self._disks, fixed, generation, frame_limit, self._send, clock)
+        self._next_progress = clock()
         self._selector = selectors.DefaultSelector()
         self._selector.register(monitor, selectors.EVENT_READ, self._on_monitor)
         self._selector.register(control, selectors.EVENT_READ, self._on_control)
@@ -60,10 +68,12 @@ class PrimaryEngine:
         self._does: dict[Act, Callable[[], None]] = {
             Act.BUFFER: buffers.install,
             Act.CHECKPOINT: self._checkpoint,
+            Act.LOOK: memory.look,
             Act.CAPTURE: self._capture,
             Act.OPEN_GATE: self._open_gate,
             Act.SHIP: self._ship,
             Act.RELEASE: self._release,
+            Act.UNMIRROR: self._unmirror,
             Act.UNBUFFER: buffers.remove,
             Act.FREEZE: lambda: self._monitor.command("stop"),
             Act.THAW: lambda: self._monitor.command("cont"),
@@ -78,9 +88,12 @@ class PrimaryEngine:
     def run(self) -> Phase:
         """Returns the phase in which the protection ended."""
         try:
+            self._mirror.start(self._shallow)
+            trip(Fault.MIRROR_STARTED)
             while self._loop.phase not in OVER:
                 self._turn()
         finally:
+            self._unmirror()
             self._watchdog.disarm()
             self._stats.close()
         LOG.info("protection ended, %s: %s", self._loop.phase.value, self._loop.reason)
@@ -88,21 +101,34 @@ class PrimaryEngine:
 
     def _turn(self) -> None:
         try:
-            for key, _ in self._selector.select(self._patience()):
+            self._watch_disks()
+            patience = self._patience()
+            self._guard(patience)
+            for key, _ in self._selector.select(patience):
                 key.data()
             self._do(self._loop.tick(self._clock()))
-            if self._loop.phase is Phase.COPYING and self._link.idle:
+            if self._copies():
                 self._copy_some()
         except GuestGone as gone:
             LOG.warning("the guest is gone: %s", gone)
             self._on_guest_gone()
+        except MirrorLost as lost:
+            self._lose_mirror(str(lost))
         except (PeerLost, ProtocolError) as lost:
             self._lose_link(str(lost))
 
     def _patience(self) -> float:
-        if self._loop.phase is Phase.COPYING and self._link.idle:
-            return 0.0
-        return max(0.0, self._loop.next_tick() - self._clock())
+        due = min(self._loop.next_tick(), self._copy.due) if self._copies() else self._loop.next_tick()
+        return max(0.0, due - self._clock())
+
+    def _guard(self, patience: float) -> None:
+        """A loop that hangs holds up the guest's disk writes at any time, not in a checkpoint only."""
+        if self._loop.phase in PAUSED:
+            return
+        if self._disks.open:
+            self._watchdog.arm(patience + (_COPY_SLACK_S if self._loop.phase is Phase.COPYING else 0.0))
+        else:
+            self._watchdog.disarm()
 
     def _do(self, acts: Acts) -> None:
         for act in acts:
@@ -118,10 +144,13 @@ class PrimaryEngine:
                 self._selector.register(self._gate, selectors.EVENT_READ, self._on_gate)
             elif event is GuestEvent.RESUMED:
                 self._finish_checkpoint()
-                self._do(self._loop.on_resumed(self._clock(), self._talk.current.page_count))
+                checkpoint = self._talk.current
+                self._do(self._loop.on_resumed(self._clock(), checkpoint.page_count, checkpoint.cut.bytes))
             elif event is GuestEvent.SAVE_FAILED:
                 self._finish_checkpoint()
                 self._do(self._loop.on_checkpoint_failed(self._talk.current.failure, self._clock()))
+            elif event is GuestEvent.MIRROR_OVER:
+                self._lose_mirror(self._talk.lost_mirror)
             elif event is GuestEvent.SHUTDOWN:
                 self._control.report("guest_shutdown")
                 self._do(self._loop.on_guest_shutdown())
@@ -137,12 +166,19 @@ class PrimaryEngine:
         for frame in self._link.receive():
             self._loop.on_heard(self._clock())
             if frame.kind is wire.Kind.ACK:
+                self._disks.acknowledged(frame.epoch)
                 self._do(self._loop.on_ack(frame.epoch))
             elif frame.kind is wire.Kind.BYE:
                 raise PeerLost("the backup's agent ended")
             elif frame.kind is not wire.Kind.BEAT:
                 raise ProtocolError(f"{frame.kind.name} from a backup")
         self._watch_link()
+
+    def _on_disks(self) -> None:
+        if not self._disks.may_read(self._loop.phase, self._link.queued):
+            return  # since the look that brought us here
+        self._disks.take(preload=self._loop.phase is Phase.COPYING)
+        trip(Fault.DISK_SHIPPED)
 
     def _on_control(self) -> None:
         for order in self._control.orders():
@@ -174,6 +210,8 @@ class PrimaryEngine:
         trip(Fault.BATCH_SENT)
 
     def _capture(self) -> None:
+        self._talk.current.cut = self._disks.cut()
+        trip(Fault.LOG_CUT)
         for pages in self._memory.capture():
             self._talk.current.pages.append(pages)
             # A guest that wrote very much keeps both sides waiting, and neither may take that for a death.
@@ -194,7 +232,7 @@ class PrimaryEngine:
     def _ship(self) -> None:
         epoch, checkpoint = self._loop.epoch, self._talk.current
         trip(Fault.BEFORE_SHIP)
-        frames = 0
+        frames = checkpoint.cut.frames
         for pages in checkpoint.pages:
             for buffers in wire.encode_pages(wire.Kind.PAGES, self._generation, epoch, pages, self._limit):
                 self._send(buffers)
@@ -205,31 +243,56 @@ class PrimaryEngine:
         for start in range(0, len(state), room):
             self._send(wire.encode(wire.Kind.DEVICE, self._generation, epoch, (state[start:start + room],)))
             frames += 1
-        self._send(wire.encode_commit(self._generation, epoch, frames, checkpoint.page_count))
+        self._send(wire.encode_commit(self._generation, epoch, frames, checkpoint.page_count,
+                                      checkpoint.cut.writes))
         trip(Fault.SHIPPED)
 
     def _release(self) -> None:
         trip(Fault.BEFORE_RELEASE)
         self._talk.release()
 
-    def _copy_some(self) -> None:
-        """Sends a piece of the first copy, or ends a pass."""
-        if self._pieces is None:
-            self._pass_pages = self._copy.start_pass()
-            self._pieces = self._copy.pieces()
-        piece = next(self._pieces, None)
-        if piece is None:
-            self._pieces = None
-            self._do(self._loop.on_live_pass(self._pass_pages))
-            return
-        for buffers in wire.encode_pages(wire.Kind.PRELOAD, self._generation, Epoch(0), piece, self._limit):
-            self._send(buffers)
-        self._tell_percent()
+    # The first copy
 
-    def _tell_percent(self) -> None:
-        if self._copy.percent >= self._told_percent + _PERCENT_STEP:
-            self._told_percent = self._copy.percent
-            self._control.report("syncing", percent=self._told_percent)
+    def _copies(self) -> bool:
+        return self._loop.phase is Phase.COPYING and self._link.idle
+
+    def _copy_some(self) -> None:
+        now = self._clock()
+        if now < self._copy.due:
+            return
+        pass_pages = self._copy.step()
+        if pass_pages is not None:
+            self._do(self._loop.on_live_pass(pass_pages))
+        elif now >= self._next_progress:
+            self._next_progress = now + _PROGRESS_S
+            self._control.report("syncing", percent=round(self._copy.percent, 2))
+
+    # The disks
+
+    def _watch_disks(self) -> None:
+        """Reads what QEMU writes only while there is room for it."""
+        if not self._disks.open:
+            return
+        wanted = self._disks.may_read(self._loop.phase, self._link.queued)
+        watched = self._disks in self._selector.get_map()
+        if wanted and not watched:
+            self._selector.register(self._disks, selectors.EVENT_READ, self._on_disks)
+        elif watched and not wanted:
+            self._selector.unregister(self._disks)
+        if not self._disks.has_room(self._link.queued):
+            self._loop.on_log_full(self._clock())
+
+    def _lose_mirror(self, why: str) -> None:
+        """The backup lives, but no epoch after this can be whole."""
+        LOG.warning("a disk is not followed any more: %s", why)
+        self._unmirror()
+        self._do(self._loop.on_peer_lost(why, self._clock()))
+
+    def _unmirror(self) -> None:
+        if self._disks.open:
+            if self._disks in self._selector.get_map():
+                self._selector.unregister(self._disks)
+            self._disks.close()
 
     # The link
 

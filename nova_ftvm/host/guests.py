@@ -55,6 +55,9 @@ class Guests:
     def live_xml(self, instance_id: str) -> str:
         return self._libvirt(lambda host: host.live_xml(instance_id))
 
+    def disk_size(self, instance_id: str, target: str) -> int:
+        return self._libvirt(lambda host: host.disk_size(instance_id, target))
+
     def has_monitor(self, instance_id: str, domain_xml: str) -> bool:
         """Was the domain started with our monitor?"""
         path = os.path.join(self.folder(instance_id), MONITOR)

@@ -24,6 +24,15 @@ class Host:
             raise GuestGone(f"server {instance_id} is not running here")
         return domain.XMLDesc(libvirt.VIR_DOMAIN_XML_MIGRATABLE | libvirt.VIR_DOMAIN_XML_SECURE)
 
+    def disk_size(self, instance_id: str, target: str) -> int:
+        """Bytes that the guest sees of its disk."""
+        try:
+            capacity: int = self._find(instance_id).blockInfo(target)[0]
+        except libvirt.libvirtError as error:
+            raise GuestGone(f"libvirt does not tell how large disk {target} of server {instance_id} is: {error}"
+                            ) from error
+        return capacity
+
     def resume(self, instance_id: str) -> None:
         try:
             self._find(instance_id).resume()

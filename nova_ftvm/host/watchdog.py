@@ -36,15 +36,14 @@ class Watchdog:
         self._timer = ctypes.c_void_p()
         # SAFE: both structures outlive the call; the kernel writes one timer_t.
         checked(libc.timer_create(time.CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(self._timer)), "timer_create")
-        seconds, nanoseconds = divmod(round(limit_s * 1e9), 10**9)
-        self._armed = _Itimerspec(0, 0, seconds, nanoseconds)
-        self._off = _Itimerspec()
+        self._limit_ns = round(limit_s * 1e9)
 
-    def arm(self) -> None:
-        self._set(self._armed)
+    def arm(self, slack_s: float = 0.0) -> None:
+        """The limit, and so much more, from now."""
+        self._set(self._limit_ns + round(slack_s * 1e9))
 
     def disarm(self) -> None:
-        self._set(self._off)
+        self._set(0)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -55,6 +54,7 @@ class Watchdog:
         finally:
             self.disarm()
 
-    def _set(self, when: _Itimerspec) -> None:
-        # SAFE: `when` is an itimerspec that self keeps alive; no old value is asked for.
+    def _set(self, nanoseconds: int) -> None:
+        when = _Itimerspec(0, 0, *divmod(nanoseconds, 10**9))
+        # SAFE: `when` is an itimerspec that outlives the call; no old value is asked for.
         checked(libc.timer_settime(self._timer, 0, ctypes.byref(when), None), "timer_settime")

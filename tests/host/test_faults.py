@@ -21,7 +21,9 @@ PASSES = {"primary": 30, "backup": 160}
 
 ON_BACKUP = (Fault.BEFORE_APPLY, Fault.APPLIED)
 IN_PROMOTION = (Fault.BEFORE_LOAD, Fault.LOADED)
-ON_PRIMARY = tuple(fault for fault in Fault if fault not in ON_BACKUP + IN_PROMOTION)
+#: Those of disks are in test_disk_faults.py: the guest here has none.
+OF_DISKS = (Fault.MIRROR_STARTED, Fault.DISK_SHIPPED, Fault.BEFORE_SETTLE, Fault.SETTLED)
+ON_PRIMARY = tuple(fault for fault in Fault if fault not in ON_BACKUP + IN_PROMOTION + OF_DISKS)
 HOWS = ("kill", "hang", "stop")
 
 

@@ -5,14 +5,15 @@ import json
 import os
 import select
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from nova_ftvm.core import dirty, wire
-from nova_ftvm.exception import GuestGone
-from nova_ftvm.types import PAGE, Epoch, Generation, RamBlock
+from nova_ftvm.core.disk import DiskWrite
+from nova_ftvm.exception import GuestGone, MirrorLost, ReplicaFailed
+from nova_ftvm.types import PAGE, Disk, Epoch, Generation, RamBlock
 from tests.unit.frames import BLOCKS, GENERATION, LIMIT
 
 
@@ -158,9 +159,14 @@ class FakeMemory:
         numbers = dirty.expand(runs).tolist()
         return dirty.Pages(block, runs, np.repeat(np.array([self.pages[block, n] for n in numbers], np.uint8), PAGE))
 
-    def begin_capture(self) -> None: ...
+    def begin_capture(self) -> None:
+        self.noted: set[tuple[int, int]] = set()
+
+    def look(self) -> None:
+        self.noted, self.written = self.written, set()
 
     def capture(self) -> Iterator[dirty.Pages]:
+        self.written |= self.noted
         for block, runs in self.take_written():
             yield self.read(block, runs)
 
@@ -175,6 +181,90 @@ class FakeMemory:
     def _runs(self, numbers: set[tuple[int, int]]) -> list[tuple[int, np.ndarray]]:
         return [(block, dirty.compress(np.array(sorted(n for b, n in numbers if b == block), np.int64)))
                 for block in sorted({b for b, _ in numbers})]
+
+
+class FakeMirror(Bell):
+    """ports.Mirror. `write` is the guest's; `answered` counts what QEMU was let go on with."""
+
+    def __init__(self, disks: Sequence[Disk] = ()) -> None:
+        super().__init__()
+        self.disks = disks
+        self.shallow: Collection[int] | None = None
+        self.is_followed = True
+        self._waiting: list[DiskWrite] = []
+        self._unconfirmed = 0
+        self.answered = 0
+        self.lost = ""
+        self.closed = False
+
+    def write(self, *writes: DiskWrite) -> None:
+        self._waiting += writes
+        self.ring()
+
+    def lose(self, why: str) -> None:
+        self.lost = why
+        self.ring()
+
+    def start(self, shallow: Collection[int]) -> None:
+        self.shallow = shallow
+
+    def progress(self) -> tuple[int, int, bool]:
+        return (100, 100, True) if self.is_followed else (40, 100, False)
+
+    def receive(self) -> list[DiskWrite]:
+        if self.lost:
+            raise MirrorLost(self.lost)
+        self.hush()
+        taken, self._waiting = self._waiting, []
+        self._unconfirmed = len(taken)
+        return taken
+
+    def confirm(self) -> None:
+        self.answered += self._unconfirmed
+        self._unconfirmed = 0
+
+    def close(self) -> None:
+        """As a real one: its descriptor is gone, and using it after that is an error."""
+        if not self.closed:
+            os.close(self._fd)
+        self._fd, self.closed = -1, True
+
+    def remove(self) -> None: ...
+
+
+class FakeReplicaDisks(Bell):
+    """ports.ReplicaDisks: writes are done when the test lets them."""
+
+    def __init__(self, disks: Sequence[Disk] = ()) -> None:
+        super().__init__()
+        self.disks = disks
+        self.submitted: list[DiskWrite] = []
+        self.done: list[DiskWrite] = []
+        self.stuck = False
+        self.failure = ""
+        self.closed = False
+
+    @property
+    def backlog(self) -> int:
+        return sum(write.length for write in self.submitted)
+
+    def submit(self, writes: Sequence[DiskWrite]) -> None:
+        self.submitted += writes
+
+    def advance(self) -> None:
+        self.hush()
+        if self.failure:
+            raise ReplicaFailed(self.failure)
+        if not self.stuck:
+            self.done += self.submitted
+            self.submitted = []
+
+    def settle(self, timeout_s: float) -> None:
+        self.stuck = False
+        self.advance()
+
+    def close(self) -> None:
+        self.closed = True
 
 
 class FakeControl(Bell):
@@ -208,7 +298,7 @@ class FakeControl(Bell):
 class FakeWatchdog:
     armed = False
 
-    def arm(self) -> None:
+    def arm(self, slack_s: float = 0.0) -> None:
         self.armed = True
 
     def disarm(self) -> None:

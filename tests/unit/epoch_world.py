@@ -9,9 +9,9 @@ from nova_ftvm.types import Epoch, Generation, Grant
 PACE = Pace(epoch_s=0.02, ack_limit_s=0.5, beat_s=0.1, live_passes=3, live_rest_pages=100)
 
 #: 'next' is what a healthy world does next; it comes most of the time, so that sequences get far.
-EVENTS = ("next",) * 12 + ("tick", "long tick", "heard", "few pages", "many pages", "paused", "unpaused", "stopped",
-                           "state begins", "resumed", "failed", "ack", "old ack", "ack to come", "peer lost", "granted",
-                           "refused", "fence", "stop", "shutdown", "gone")
+EVENTS = ("next",) * 12 + ("tick", "long tick", "heard", "few pages", "many pages", "paused", "unpaused", "log full",
+                           "stopped", "state begins", "resumed", "failed", "ack", "old ack", "ack to come", "peer lost",
+                           "granted", "refused", "fence", "stop", "shutdown", "gone")
 #: Ends that nothing can put off.
 _AT_ONCE = ("fence", "shutdown", "gone", "refused")
 
@@ -29,7 +29,7 @@ class Checker:
         #: QEMU has a save to answer.
         self.saving = False
         self.buffered = False
-        self.captures = 0
+        self.looked = self.captured = False
         self.gate_open = False
         self.shipped: int | None = None
         self.unreleased = False
@@ -53,7 +53,7 @@ class Checker:
         if self.loop.phase is Phase.COPYING:
             return "few pages"
         if self.saving:
-            return "resumed" if self.gate_open else "state begins" if self.captures else "stopped"
+            return "resumed" if self.gate_open else "state begins" if self.looked else "stopped"
         return {Phase.UNACKNOWLEDGED: "ack", Phase.HOLDING: "granted"}.get(self.loop.phase, "tick")
 
     def _happen(self, event: str) -> Acts:
@@ -64,6 +64,8 @@ class Checker:
                 return loop.tick(self.now)
             case "heard":
                 loop.on_heard(self.now)
+            case "log full":
+                loop.on_log_full(self.now)
             case "few pages" | "many pages":
                 return loop.on_live_pass(1 if event == "few pages" else 5000)
             case "paused" | "unpaused":
@@ -74,7 +76,7 @@ class Checker:
                 return loop.on_state_begins()
             case "resumed":
                 self.saving = self.gate_open = False
-                return loop.on_resumed(self.now, 100)
+                return loop.on_resumed(self.now, 100, 1000)
             case "failed":
                 self.saving = self.gate_open = False
                 return loop.on_checkpoint_failed("QEMU refused", self.now)
@@ -105,17 +107,24 @@ class Checker:
             if act is Act.CHECKPOINT:
                 never(not self.buffered, "a checkpoint without output buffers")
                 never(self.saving or self.unreleased, "a second epoch in flight")
-                self.saving, self.unreleased, self.captures, self.shipped = True, True, 0, None
+                self.saving, self.unreleased, self.shipped = True, True, None
+                self.looked = self.captured = False
             elif act is Act.BUFFER:
                 self.buffered = True
+            elif act is Act.LOOK:
+                never(not self.saving or self.gate_open, "a look at a running guest")
+                self.looked = True
             elif act is Act.CAPTURE:
                 never(not self.saving or self.gate_open, "a capture of a running guest")
-                self.captures += 1
+                never(event != "state begins" or not self.looked, "a capture before the disks are at rest")
+                self.captured = True
             elif act is Act.OPEN_GATE:
-                never(self.captures != 2, "the gate opens without two captures")
+                never(not self.captured, "the gate opens without a capture")
                 self.gate_open = True
+            elif act is Act.UNMIRROR:
+                never(self.loop.phase is not Phase.HOLDING, "disks are let go while epochs still come")
             elif act is Act.SHIP:
-                never(self.captures != 2 or self.saving, "a torn epoch is shipped")
+                never(not self.captured or self.saving, "a torn epoch is shipped")
                 self.shipped = self.loop.epoch
             elif act is Act.RELEASE:
                 never(event != "ack" or self.shipped is None, "output is released without its epoch's acknowledgement")

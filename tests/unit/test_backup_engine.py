@@ -1,6 +1,7 @@
 """engine/backup.py: nothing is acknowledged before it is written, nothing is promoted without a grant."""
 
 import contextlib
+import dataclasses
 import socket
 import threading
 from collections.abc import Iterator
@@ -14,10 +15,12 @@ from nova_ftvm.engine import backup as backups
 from nova_ftvm.engine import link as links
 from nova_ftvm.engine.backup import BackupEngine
 from nova_ftvm.exception import ProtocolError
-from tests.unit.engine_fakes import Bell, Clock, FakeControl, FakeMemory, FakeQemu, Peer
-from tests.unit.frames import BLOCKS, GENERATION, LIMIT, epoch_frames, page_frames, pages
+from nova_ftvm.types import Disk
+from tests.unit.engine_fakes import Bell, Clock, FakeControl, FakeMemory, FakeQemu, FakeReplicaDisks, Peer
+from tests.unit.frames import BLOCKS, DISKS, GENERATION, LIMIT, disk_frames, epoch_frames, page_frames, pages, write
 
-HELLO = wire.Hello("pair", "pc-i440fx-10.0", tuple(BLOCKS), "")
+HELLO = wire.Hello("pair", "pc-i440fx-10.0", tuple(BLOCKS), disks=tuple(DISKS))
+BACKLOG_LIMIT = 10_000
 STATE = b"QEVM\0\0\0\3devices"
 
 
@@ -33,13 +36,14 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.clock, self.qemu, self.memory = Clock(), FakeQemu(), FakeMemory()
-        self.control, self.pidfd = FakeControl(), Bell()
+        self.control, self.pidfd, self.disks = FakeControl(), Bell(), FakeReplicaDisks(DISKS)
         self.domain = FakeDomain()
         self.listener = links.listen("127.0.0.1")
         self.lease = Lease(GENERATION, 0.3, self.clock.now)
         self.stream_path = str(folder / "incoming.sock")
         self.engine = BackupEngine(
             generation=GENERATION, token="token", expected=HELLO, memory=self.memory, monitor=self.qemu,
+            disks=self.disks, backlog_limit=BACKLOG_LIMIT,
             domain=self.domain, listener=self.listener, control=self.control, pidfd=self.pidfd.fileno(),
             lease=self.lease, beat_s=0.1, frame_limit=LIMIT, stream_path=self.stream_path, clock=self.clock,
             wall_clock=lambda: 1000.0)
@@ -58,7 +62,9 @@ class Bench:
 
         def dial() -> None:
             with contextlib.suppress(links.PeerLost, ProtocolError):
-                made.append(links.dial("127.0.0.1", self.listener.getsockname()[1], GENERATION, hello, token, LIMIT))
+                link, self.shallow = links.dial("127.0.0.1", self.listener.getsockname()[1], GENERATION, hello, token,
+                                                LIMIT)
+                made.append(link)
 
         thread = threading.Thread(target=dial)
         thread.start()
@@ -268,3 +274,93 @@ def test_a_standby_that_dies_is_a_failure(bench: Bench) -> None:
     bench.pidfd.ring()
     assert bench.engine.run() is False
     assert "the standby ended" in bench.control.reports[-1]["reason"]
+
+
+# Disks
+
+
+def test_the_greeting_tells_which_replicas_lie_on_the_same_base(bench: Bench) -> None:
+    ours = [dataclasses.replace(disk, base=base) for disk, base in zip(DISKS, ("a", "", "c"), strict=True)]
+    theirs = [dataclasses.replace(disk, base=base) for disk, base in zip(DISKS, ("a", "", "other"), strict=True)]
+    bench.engine._expected = dataclasses.replace(HELLO, disks=tuple(ours))
+    bench.connect(hello=dataclasses.replace(HELLO, disks=tuple(theirs)))
+    assert bench.shallow == {0}
+
+
+@pytest.mark.parametrize("other", [
+    DISKS[:1], DISKS[::-1], [dataclasses.replace(DISKS[0], size=1 << 19), *DISKS[1:]],
+    [dataclasses.replace(DISKS[0], read_only=True), *DISKS[1:]]])
+def test_a_primary_with_other_disks_is_refused(bench: Bench, other: list[Disk]) -> None:
+    with pytest.raises(ConnectionRefusedError):
+        bench.connect(hello=dataclasses.replace(HELLO, disks=tuple(other)))
+
+
+def test_an_epochs_disk_writes_are_handed_over_at_its_commit_only(bench: Bench) -> None:
+    bench.protect()
+    *parts, commit = epoch_frames(2, [pages([1], 12)], STATE, writes=[write(0, 0, b"a"), write(1, 9, b"b")])
+    bench.send(*parts)
+    assert bench.disks.done == []
+    bench.send(commit)
+    assert [(w.disk, w.offset, bytes(w.contents)) for w in bench.disks.done] == [(0, 0, b"a"), (1, 9, b"b")]
+
+
+def test_what_is_copied_first_is_written_at_once(bench: Bench) -> None:
+    bench.connect()
+    bench.send(*disk_frames(wire.Kind.DISK_PRELOAD, 0, [write(2, 0, b"config")]))
+    assert [bytes(w.contents) for w in bench.disks.done] == [b"config"]
+
+
+def test_disks_that_cannot_keep_up_hold_the_acknowledgement_back_and_nothing_else(bench: Bench) -> None:
+    peer = bench.protect()
+    bench.disks.stuck = True
+    bench.send(*epoch_frames(2, [], STATE, writes=[write(0, 0, b"x" * (BACKLOG_LIMIT + 1))]))
+    assert peer.read() == [] and bench.lease.watch is Watch.WATCHING
+    bench.send(*disk_frames(wire.Kind.DISK, 3, [write(0, 0, b"y")]))
+    bench.disks.stuck = False
+    bench.disks.ring()
+    bench.turn()
+    assert [(f.kind.name, f.epoch) for f in peer.read()] == [("ACK", 2)]
+
+
+def test_the_first_copy_is_read_no_faster_than_it_is_written(bench: Bench) -> None:
+    bench.connect()
+    bench.disks.stuck = True
+    bench.send(*disk_frames(wire.Kind.DISK_PRELOAD, 0, [write(0, 0, b"x" * (BACKLOG_LIMIT + 1))]))
+    bench.send(*disk_frames(wire.Kind.DISK_PRELOAD, 0, [write(0, 0, b"later")]))
+    assert len(bench.disks.submitted) == 1
+    bench.disks.stuck = False
+    bench.disks.ring()
+    bench.turn()
+    assert len(bench.disks.done) == 2
+
+
+def test_disks_that_fail_end_the_backup_with_the_reason(bench: Bench) -> None:
+    bench.protect()
+    bench.disks.failure = "the replica of disk 0 cannot be written: No space left on device"
+    bench.disks.ring()
+    bench.turn()
+    bench.engine.run()
+    assert bench.control.reports[-1]["event"] == "failed" and "No space" in bench.control.reports[-1]["reason"]
+    assert bench.disks.closed and not bench.engine._promoted
+
+
+def test_a_promotion_waits_until_all_committed_writes_are_done(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.protect()
+    bench.disks.stuck = True
+    bench.send(*epoch_frames(2, [], STATE, writes=[write(0, 0, b"last")]))
+    seen: list[int] = []
+    monkeypatch.setattr(backups, "promote", lambda *_: seen.append(len(bench.disks.done)))
+    bench.ask()
+    bench.control.grant(True)
+    bench.turn()
+    assert seen == [1] and bench.control.told[-1] == "promoted"
+
+
+def test_a_promotion_whose_disks_fail_is_none(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.protect()
+    bench.ask()
+    bench.disks.failure = "the replica of disk 0 cannot be written: No space left on device"
+    monkeypatch.setattr(backups, "promote", lambda *_: pytest.fail("promoted with a disk that is of no use"))
+    bench.control.grant(True)
+    bench.turn()
+    assert not bench.engine.run() and "No space" in bench.control.reports[-1]["reason"]

@@ -9,7 +9,8 @@ from tests.unit.engine_fakes import FakeBuffers, FakeGate, FakeQemu
 class Bench:
     def __init__(self) -> None:
         self.qemu, self.gate = FakeQemu(), FakeGate()
-        self.talk = Conversation(self.qemu, self.gate, FakeBuffers(self.qemu.sent), b'{"id":"save"}\n')
+        self.talk = Conversation(self.qemu, self.gate, FakeBuffers(self.qemu.sent), b'{"id":"save"}\n',
+                                 lambda message: "cancelled" if message["event"] == "BLOCK_JOB_CANCELLED" else "")
 
     def events(self) -> list[GuestEvent]:
         return list(self.talk.events())

@@ -1,6 +1,8 @@
 """conf/: the lists for oslo-config-generator, and what every option must have."""
 
 import socket
+import subprocess
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -10,7 +12,8 @@ from oslo_config import cfg
 from nova_ftvm.cmd.engine import Order
 from nova_ftvm.conf import agent, engine, manager, nova, opts, service
 
-SETUP = Path(__file__).parents[2] / "setup.cfg"
+ROOT = Path(__file__).parents[2]
+SETUP = ROOT / "setup.cfg"
 OURS = {"agent": agent.OPTS, "engine": engine.OPTS, "manager": manager.OPTS, "nova": nova.OPTS, "service": service.OPTS}
 ALL = [(group, option) for group, options in OURS.items() for option in options]
 
@@ -70,3 +73,12 @@ def test_the_sample_is_the_same_on_every_host() -> None:
     for _, option in ALL:
         own = isinstance(option.default, str) and option.default == socket.gethostname()
         assert not own or option.sample_default, option.name
+
+
+@pytest.mark.parametrize(("generator", "sample"), [
+    ("config-generator.conf", "nova-ftvm.conf.sample"), ("nova-config-generator.conf", "nova.conf.ftvm.sample")])
+def test_the_sample_is_what_the_options_say_today(generator: str, sample: str, tmp_path: Path) -> None:
+    folder, made = ROOT / "etc" / "nova-ftvm", tmp_path / sample
+    subprocess.run([sys.executable, "-m", "oslo_config.generator", "--config-file", folder / generator,
+                    "--output-file", made], cwd=ROOT, check=True, capture_output=True, timeout=60)
+    assert made.read_text() == (folder / sample).read_text()

@@ -8,6 +8,7 @@ from nova_ftvm.core.epoch import (
     ACK_ALLOWANCE_S,
     ASK_AGAIN_S,
     COPY_SILENCE_S,
+    DISK_ALLOWANCE_S,
     HOLD_LIMIT_S,
     OVER,
     Act,
@@ -42,8 +43,8 @@ def test_the_promises_hold_through_long_lives_and_all_phases_are_seen() -> None:
 
 
 class ReleasesBeforeTheAck(EpochLoop):
-    def on_resumed(self, now: float, pages: int) -> Acts:
-        acts = super().on_resumed(now, pages)
+    def on_resumed(self, now: float, pages: int, disk_bytes: int) -> Acts:
+        acts = super().on_resumed(now, pages, disk_bytes)
         return (*acts, Act.RELEASE) if Act.SHIP in acts else acts
 
 
@@ -65,9 +66,21 @@ class DoesNotWaitForTheAck(EpochLoop):
         return super().tick(now)
 
 
-class CapturesOnce(EpochLoop):
+class ForgetsToCapture(EpochLoop):
     def on_state_begins(self) -> Acts:
         return tuple(act for act in super().on_state_begins() if act is not Act.CAPTURE)
+
+
+class CapturesAtTheStop(EpochLoop):
+    """QEMU still ends the guest's disk requests: what they bring comes without a sign."""
+
+    def on_stopped(self) -> Acts:
+        return tuple(Act.CAPTURE if act is Act.LOOK else act for act in super().on_stopped())
+
+
+class LetsTheDisksGoEarly(EpochLoop):
+    def on_peer_lost(self, why: str, now: float) -> Acts:
+        return (Act.UNMIRROR, *super().on_peer_lost(why, now))
 
 
 class SpeaksAfterTheFence(EpochLoop):
@@ -104,8 +117,9 @@ class ComesBackAfterTheEnd(EpochLoop):
 
 
 @pytest.mark.parametrize("broken", [
-    ReleasesBeforeTheAck, ReleasesForAnyAck, LetsGoInSilence, DoesNotWaitForTheAck, CapturesOnce, SpeaksAfterTheFence,
-    LeavesACheckpointInTheMiddle, StopsInTheMiddle, ForgetsTheBuffers, ComesBackAfterTheEnd])
+    ReleasesBeforeTheAck, ReleasesForAnyAck, LetsGoInSilence, DoesNotWaitForTheAck, ForgetsToCapture, CapturesAtTheStop,
+    LetsTheDisksGoEarly, SpeaksAfterTheFence, LeavesACheckpointInTheMiddle, StopsInTheMiddle, ForgetsTheBuffers,
+    ComesBackAfterTheEnd])
 def test_a_broken_loop_is_caught(broken: type[EpochLoop]) -> None:
     with pytest.raises(Broken):
         for seed in range(600):
@@ -124,7 +138,7 @@ def running(epochs: int = 1) -> EpochLoop:
             loop.tick(1.0 * number)
         loop.on_stopped()
         loop.on_state_begins()
-        loop.on_resumed(1.0 * number, 10)
+        loop.on_resumed(1.0 * number, 10, 0)
         loop.on_ack(Epoch(number))
     assert (loop.phase, loop.epoch) == (Phase.RUNNING, epochs)
     return loop
@@ -136,7 +150,7 @@ def in_phase(phase: Phase) -> EpochLoop:
     if phase is Phase.COPYING:
         return loop
     loop.on_live_pass(1)
-    for step in (loop.on_stopped, loop.on_state_begins, lambda: loop.on_resumed(0.0, 10),
+    for step in (loop.on_stopped, loop.on_state_begins, lambda: loop.on_resumed(0.0, 10, 0),
                  lambda: loop.on_ack(Epoch(1))):
         if loop.phase is phase:
             break
@@ -151,12 +165,12 @@ def test_one_epoch_from_the_batch_to_the_release() -> None:
     loop = EpochLoop(PACE, 0.0)
     trace = [
         loop.on_live_pass(5000), loop.on_live_pass(50), loop.on_stopped(), loop.on_state_begins(),
-        loop.on_resumed(1.0, 10),
+        loop.on_resumed(1.0, 10, 0),
         loop.on_ack(Epoch(1)), loop.tick(1.019), loop.tick(1.021), loop.on_stopped(), loop.on_state_begins(),
-        loop.on_resumed(1.03, 10), loop.on_ack(Epoch(1)), loop.on_ack(Epoch(2))]
+        loop.on_resumed(1.03, 10, 0), loop.on_ack(Epoch(1)), loop.on_ack(Epoch(2))]
     assert [[act.name for act in acts] for acts in trace] == [
-        [], ["BUFFER", "CHECKPOINT"], ["CAPTURE"], ["CAPTURE", "OPEN_GATE"], ["SHIP"],
-        ["RELEASE", "REPORT_PROTECTED"], ["BEAT"], ["CHECKPOINT"], ["CAPTURE"], ["CAPTURE", "OPEN_GATE"],
+        [], ["BUFFER", "CHECKPOINT"], ["LOOK"], ["CAPTURE", "OPEN_GATE"], ["SHIP"],
+        ["RELEASE", "REPORT_PROTECTED"], ["BEAT"], ["CHECKPOINT"], ["LOOK"], ["CAPTURE", "OPEN_GATE"],
         ["SHIP"], [], ["RELEASE"]]
 
 
@@ -169,8 +183,8 @@ def test_output_stays_held_when_the_ack_is_lost() -> None:
     loop = in_phase(Phase.UNACKNOWLEDGED)
     limit_s = PACE.ack_limit_s + 10 * ACK_ALLOWANCE_S
     assert Act.ASK not in loop.tick(limit_s - 0.001)
-    assert loop.tick(limit_s + 0.001) == (Act.ASK,)
-    assert loop.phase is Phase.HOLDING and "no acknowledgement within 500 ms" in loop.reason
+    assert loop.tick(limit_s + 0.001) == (Act.UNMIRROR, Act.ASK)
+    assert loop.phase is Phase.HOLDING and "no acknowledgement within 501 ms" in loop.reason
     assert loop.on_ack(Epoch(1)) == ()
     assert loop.tick(limit_s + ASK_AGAIN_S) == ()
     assert loop.tick(limit_s + ASK_AGAIN_S + 0.002) == (Act.ASK,)
@@ -179,9 +193,31 @@ def test_output_stays_held_when_the_ack_is_lost() -> None:
 
 def test_a_large_epoch_may_take_longer_to_be_acknowledged() -> None:
     loop = in_phase(Phase.DRAINING)
-    loop.on_resumed(0.0, 100_000)
+    loop.on_resumed(0.0, 100_000, 0)
     assert Act.ASK not in loop.tick(5.4)
-    assert Act.ASK in loop.tick(5.6) and "no acknowledgement within 5500 ms" in loop.reason
+    assert Act.ASK in loop.tick(5.6) and "no acknowledgement within 5600 ms" in loop.reason
+
+
+def test_a_long_epoch_of_disk_writes_has_time_while_the_backup_is_heard_of() -> None:
+    whole = 64 << 20
+    for heard in (True, False):
+        loop = in_phase(Phase.DRAINING)
+        loop.on_resumed(0.0, 0, whole)
+        moments = [0.1 * n for n in range(1, 100)]
+        for now in moments:
+            if heard:
+                loop.on_heard(now)
+            if Act.ASK in loop.tick(now):
+                break
+        limit_s = PACE.ack_limit_s + (whole * DISK_ALLOWANCE_S if heard else 0)
+        assert now == pytest.approx(limit_s, abs=0.11) and loop.phase is Phase.HOLDING
+
+
+def test_a_full_log_brings_the_next_checkpoint_at_once() -> None:
+    loop = running()
+    assert Act.CHECKPOINT not in loop.tick(1.001)
+    loop.on_log_full(1.001)
+    assert loop.next_tick() <= 1.001 and Act.CHECKPOINT in loop.tick(1.001)
 
 
 def test_a_guest_that_is_held_for_long_is_paused_before_the_buffers_let_go_by_themselves() -> None:
@@ -208,7 +244,7 @@ def test_a_paused_guest_that_is_refused_stays_paused() -> None:
 
 
 def test_a_grant_that_nobody_asked_for_releases_nothing() -> None:
-    for phase in (Phase.COPYING, Phase.STOPPING, Phase.CAPTURED, Phase.DRAINING, Phase.UNACKNOWLEDGED, Phase.RUNNING):
+    for phase in (Phase.COPYING, Phase.STOPPING, Phase.STOPPED, Phase.DRAINING, Phase.UNACKNOWLEDGED, Phase.RUNNING):
         loop = in_phase(phase)
         assert loop.on_grant(GRANTED) == () and loop.phase is phase
         assert loop.on_grant(REFUSED) == () and loop.phase is phase
@@ -222,37 +258,38 @@ def test_a_grant_lets_go_and_a_refusal_fences() -> None:
     assert loop.reason == "the backup speaks"
 
 
-@pytest.mark.parametrize("phase", [Phase.STOPPING, Phase.CAPTURED, Phase.DRAINING])
+@pytest.mark.parametrize("phase", [Phase.STOPPING, Phase.STOPPED, Phase.DRAINING])
 def test_a_peer_that_is_lost_in_a_checkpoint_waits_for_its_end(phase: Phase) -> None:
     loop = in_phase(phase)
     assert loop.on_peer_lost("the connection broke", 0.1) == () and loop.phase is phase
     rest: list[Act] = []
-    for step in (loop.on_stopped, loop.on_state_begins, lambda: loop.on_resumed(0.2, 10)):
+    for step in (loop.on_stopped, loop.on_state_begins, lambda: loop.on_resumed(0.2, 10, 0)):
         rest += step()
-    assert rest[-2:] == [Act.OPEN_GATE, Act.ASK] or rest == [Act.ASK]
+    whole = [Act.LOOK, Act.CAPTURE, Act.OPEN_GATE, Act.UNMIRROR, Act.ASK]
+    assert rest == whole[len(whole) - len(rest):] and rest[-2:] == [Act.UNMIRROR, Act.ASK]
     assert loop.phase is Phase.HOLDING and loop.reason == "the connection broke"
 
 
-@pytest.mark.parametrize("phase", [Phase.STOPPING, Phase.CAPTURED, Phase.DRAINING])
+@pytest.mark.parametrize("phase", [Phase.STOPPING, Phase.STOPPED, Phase.DRAINING])
 def test_a_planned_end_in_a_checkpoint_waits_for_its_end(phase: Phase) -> None:
     loop = in_phase(phase)
     assert loop.on_stop("switched off") == () and loop.phase is phase
     acts: Acts = ()
-    for step in (loop.on_stopped, loop.on_state_begins, lambda: loop.on_resumed(0.2, 10)):
+    for step in (loop.on_stopped, loop.on_state_begins, lambda: loop.on_resumed(0.2, 10, 0)):
         acts = step()
     assert acts == (Act.SAY_BYE, Act.UNBUFFER) and loop.phase is Phase.ENDED
 
 
 def test_a_save_that_fails_after_a_planned_end_was_asked_ends() -> None:
-    loop = in_phase(Phase.CAPTURED)
+    loop = in_phase(Phase.STOPPED)
     loop.on_stop("switched off")
     assert loop.on_checkpoint_failed("disk", 0.1) == (Act.SAY_BYE, Act.UNBUFFER)
 
 
 def test_a_save_that_fails_holds_and_asks() -> None:
-    for phase in (Phase.STOPPING, Phase.CAPTURED, Phase.DRAINING):
+    for phase in (Phase.STOPPING, Phase.STOPPED, Phase.DRAINING):
         loop = in_phase(phase)
-        assert loop.on_checkpoint_failed("QEMU's save failed", 0.1) == (Act.ASK,)
+        assert loop.on_checkpoint_failed("QEMU's save failed", 0.1) == (Act.UNMIRROR, Act.ASK)
         assert loop.phase is Phase.HOLDING and loop.reason == "QEMU's save failed"
 
 
@@ -265,7 +302,7 @@ def test_nothing_follows_an_end(end: str) -> None:
     assert phase in OVER
     for acts in (loop.tick(99.0), loop.on_ack(loop.epoch), loop.on_grant(GRANTED), loop.on_grant(REFUSED),
                  loop.on_fence("again"), loop.on_stop("again"), loop.on_peer_lost("again", 99.0), loop.on_guest_gone(),
-                 loop.on_guest_shutdown(), loop.on_checkpoint_failed("late", 99.0), loop.on_resumed(99.0, 10),
+                 loop.on_guest_shutdown(), loop.on_checkpoint_failed("late", 99.0), loop.on_resumed(99.0, 10, 0),
                  loop.on_stopped(), loop.on_state_begins(), loop.on_live_pass(1)):
         assert acts == ()
     assert (loop.phase, loop.reason) == (phase, reason)
@@ -287,7 +324,7 @@ def test_silence_ends_the_first_copy_late_and_a_sign_of_life_puts_it_off() -> No
 
 
 def test_the_first_reason_is_kept() -> None:
-    loop = in_phase(Phase.CAPTURED)
+    loop = in_phase(Phase.STOPPED)
     loop.on_peer_lost("the connection broke", 0.1)
     loop.on_checkpoint_failed("QEMU's save failed", 0.2)
     assert loop.reason == "the connection broke"

@@ -97,7 +97,7 @@ def greet(token: str = "token", hello: wire.Hello = HELLO, expected: wire.Hello 
 
     def dial() -> None:
         try:
-            result.append(links.dial("127.0.0.1", listener.getsockname()[1], generation, hello, token, LIMIT))
+            result.append(links.dial("127.0.0.1", listener.getsockname()[1], generation, hello, token, LIMIT)[0])
         except Exception as error:
             result.append(error)
 

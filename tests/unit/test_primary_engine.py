@@ -19,14 +19,16 @@ from tests.unit.engine_fakes import (
     FakeControl,
     FakeGate,
     FakeMemory,
+    FakeMirror,
     FakeQemu,
     FakeWatchdog,
     Peer,
     tcp_pair,
 )
-from tests.unit.frames import GENERATION, LIMIT
+from tests.unit.frames import DISKS, GENERATION, LIMIT, write
 
 STATE = b"the devices' state"
+LOG_LIMIT = 10_000
 #: Turns wait for events no longer than this.
 PACE = Pace(epoch_s=0.001, ack_limit_s=0.5, beat_s=0.001, live_passes=3, live_rest_pages=100)
 
@@ -38,11 +40,14 @@ class Bench:
         ours, theirs = tcp_pair()
         self.clock, self.qemu, self.gate, self.memory = Clock(), FakeQemu(), FakeGate(), FakeMemory()
         self.peer, self.control, self.watchdog, self.pidfd = Peer(theirs), FakeControl(), FakeWatchdog(), Bell()
-        self.buffers = FakeBuffers(self.qemu.sent)
+        self.buffers, self.mirror = FakeBuffers(self.qemu.sent), FakeMirror(DISKS)
         self.loop = EpochLoop(PACE, self.clock.now)
         self.engine = PrimaryEngine(
             generation=GENERATION, loop=self.loop, memory=self.memory, monitor=self.qemu, gate=self.gate,
-            talk=Conversation(self.qemu, self.gate, self.buffers, b'{"id":"save"}\n'), buffers=self.buffers,
+            talk=Conversation(self.qemu, self.gate, self.buffers, b'{"id":"save"}\n',
+                              lambda message: message["event"] if message["event"].startswith("BLOCK_JOB") else ""),
+            buffers=self.buffers, mirror=self.mirror, fixed=iter([write(2, 0, b"config")]), shallow={1},
+            log_limit=LOG_LIMIT,
             link=Link(ours, GENERATION, LIMIT), control=self.control, pidfd=self.pidfd.fileno(),
             watchdog=self.watchdog, stats=EpochLog(str(folder / "epochs.jsonl"), self.clock), frame_limit=LIMIT,
             clock=self.clock)
@@ -106,7 +111,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 def test_the_first_copy_goes_out_before_anything_is_held(bench: Bench) -> None:
     bench.copy()
-    assert set(bench.peer.kinds()) == {"PRELOAD"}
+    assert set(bench.peer.kinds()) == {"PRELOAD", "DISK_PRELOAD"}
     assert bench.qemu.sent == ["install", "barrier", "save"]
     assert bench.watchdog.armed
 
@@ -121,12 +126,11 @@ def test_an_epoch_goes_out_whole_and_in_order_and_its_output_waits(bench: Bench)
     bench.begin_state()
     assert bench.gate.wide and bench.gate.drained == STATE and bench.peer.kinds() == []
     bench.end_save()
-    assert not bench.watchdog.armed
     frames = bench.peer.read()
-    assert [frame.kind.name for frame in frames] == ["PAGES", "PAGES", "DEVICE", "COMMIT"]
+    assert [frame.kind.name for frame in frames] == ["PAGES", "DEVICE", "COMMIT"]
     replica = Replica(bench.memory.blocks)
     actions = [action for frame in frames for action in replica.on_frame(frame)]
-    assert isinstance(actions[0], Write) and [p.runs.tolist() for p in actions[0].pages] == [[[5, 1]], [[6, 1]]]
+    assert isinstance(actions[0], Write) and [p.runs.tolist() for p in actions[0].pages] == [[[5, 2]]]
     assert replica.device_state == STATE
     assert "release" not in bench.qemu.sent and bench.control.told == []
     bench.acknowledge(1)
@@ -363,3 +367,180 @@ def test_a_refusal_for_now_is_no_fence(bench: Bench) -> None:
     bench.clock.now += 0.6
     bench.turn(1)
     assert bench.control.told.count("ask_degrade") == asked + 1
+
+
+# Disks
+
+
+def running(bench: Bench) -> None:
+    """Between two checkpoints, the peer's frames read."""
+    bench.checkpoint()
+    if bench.loop.phase is Phase.STOPPING:
+        bench.stop_guest()
+        bench.begin_state()
+        bench.end_save()
+        bench.acknowledge(bench.loop.epoch)
+    bench.peer.read()
+
+
+def disk_writes(bench: Bench) -> list[tuple[str, int, int, bytes]]:
+    """(kind, epoch, offset, contents) of what the peer was told."""
+    return [(frame.kind.name, frame.epoch, told.offset, bytes(told.contents))
+            for frame in bench.peer.read() if frame.kind in (wire.Kind.DISK, wire.Kind.DISK_PRELOAD)
+            for told in wire.decode_disk(frame, DISKS)]
+
+
+def to_batch(bench: Bench) -> None:
+    while bench.loop.phase is Phase.RUNNING:
+        bench.clock.now += 0.01
+        bench.turn(1)
+
+
+def test_disks_are_copied_before_ram(bench: Bench) -> None:
+    bench.mirror.is_followed = False
+    bench.engine._mirror.start({1})
+    bench.mirror.write(write(0, 512, b"old"))
+    bench.clock.now += 1.0
+    bench.turn(6)
+    assert bench.loop.phase is Phase.COPYING
+    frames = bench.peer.read()
+    assert {bytes(told.contents) for frame in frames for told in wire.decode_disk(frame, DISKS)} == {b"config", b"old"}
+    assert {frame.kind for frame in frames} == {wire.Kind.DISK_PRELOAD}
+    bench.mirror.is_followed = True
+    bench.clock.now += 0.2
+    bench.copy()
+    assert set(bench.peer.kinds()) == {"PRELOAD"}
+
+
+def test_the_first_copys_progress_counts_the_disks(bench: Bench) -> None:
+    bench.mirror.is_followed = False
+    for _ in range(5):
+        bench.clock.now += 1.0
+        bench.turn(2)
+        bench.peer.send(wire.Kind.BEAT)
+    told = [report["percent"] for report in bench.control.reports if report["event"] == "syncing"]
+    assert told and 0 < told[-1] < 40
+
+
+def test_a_write_is_answered_when_it_is_logged_and_goes_out_while_the_guest_runs(bench: Bench) -> None:
+    running(bench)
+    bench.loop.on_paused(True)
+    bench.mirror.write(write(0, 0, b"a"), write(1, 5, b"b"))
+    bench.turn()
+    epoch = bench.loop.epoch + 1
+    assert disk_writes(bench) == [("DISK", epoch, 0, b"a"), ("DISK", epoch, 5, b"b")]
+    assert bench.mirror.answered == 2
+
+
+def test_the_epoch_is_cut_when_the_disks_are_at_rest(bench: Bench) -> None:
+    running(bench)
+    to_batch(bench)
+    epoch = bench.loop.epoch
+    bench.mirror.write(write(0, 1, b"before the stop"))
+    bench.turn()
+    bench.stop_guest()
+    bench.mirror.write(write(0, 2, b"drained"))
+    bench.turn()
+    bench.begin_state()
+    bench.mirror.write(write(0, 3, b"of the next epoch"))
+    bench.turn()
+    assert bench.mirror.answered == 2
+    bench.end_save()
+    frames = bench.peer.read()
+    assert [(f.kind.name, f.epoch) for f in frames if f.kind is not wire.Kind.PAGES] == [
+        ("DISK", epoch), ("DISK", epoch), ("DEVICE", epoch), ("COMMIT", epoch), ("DISK", epoch + 1)]
+    commit = next(frame for frame in frames if frame.kind is wire.Kind.COMMIT)
+    assert wire.decode_commit(commit)[2] == 2
+
+
+def test_a_full_log_makes_the_guest_wait_brings_a_checkpoint_and_lets_qemu_drain(bench: Bench) -> None:
+    running(bench)
+    epoch = bench.loop.epoch
+    bench.mirror.write(write(0, 0, b"x" * LOG_LIMIT))
+    bench.turn(1)
+    bench.mirror.write(write(0, 0, b"waits"))
+    bench.turn(1)
+    assert bench.mirror.answered == 1 or bench.loop.phase is Phase.STOPPING
+    assert bench.loop.phase is Phase.STOPPING and bench.loop.epoch == epoch + 1
+    bench.turn()
+    assert bench.mirror.answered == 2
+    bench.stop_guest()
+    bench.begin_state()
+    bench.end_save()
+    bench.mirror.write(write(0, 0, b"waits for the acknowledgement"))
+    bench.turn()
+    assert bench.mirror.answered == 2 and bench.loop.phase is Phase.UNACKNOWLEDGED
+    bench.acknowledge(epoch + 1)
+    bench.turn()
+    assert bench.mirror.answered == 3
+
+
+def test_the_first_copy_is_read_no_faster_than_the_connection_takes_it(bench: Bench) -> None:
+    bench.mirror.is_followed = False
+    bench.turn()
+    for _ in range(100):
+        bench.mirror.write(*(write(0, n << 14, b"y" * (1 << 14)) for n in range(64)))
+        bench.turn(1)
+    answered = bench.mirror.answered
+    assert answered < 6400
+    bench.mirror.write(write(0, 0, b"z"))
+    for _ in range(5):
+        bench.turn(1)
+    assert bench.mirror.answered == answered
+    while bench.mirror.answered == answered:
+        bench.peer.read()
+        bench.turn(1)
+
+
+@pytest.mark.parametrize("how", ["connection", "event"])
+@pytest.mark.parametrize("when", ["running", "stopped"])
+def test_a_mirror_that_ends_holds_the_output_and_lets_the_guest_write(bench: Bench, how: str, when: str) -> None:
+    running(bench)
+    released = bench.qemu.sent.count("release")
+    if when == "stopped":
+        to_batch(bench)
+        bench.stop_guest()
+    if how == "event":
+        bench.qemu.event("BLOCK_JOB_CANCELLED")
+    else:
+        bench.mirror.lose("QEMU closed disk 0")
+    bench.turn()
+    assert bench.mirror.closed
+    if bench.loop.phase is Phase.STOPPED:
+        bench.begin_state()
+        bench.end_save()
+    bench.turn()
+    assert bench.loop.phase is Phase.HOLDING and bench.control.told[-1] == "ask_degrade"
+    assert ("BLOCK_JOB" if how == "event" else "disk 0") in bench.control.reports[-1]["reason"]
+    assert bench.qemu.sent.count("release") == released
+    bench.control.grant(True)
+    assert bench.engine.run() is Phase.ALONE
+
+
+def test_a_lost_backup_lets_the_guest_write_before_the_arbiter_answers(bench: Bench) -> None:
+    running(bench)
+    bench.peer.close()
+    bench.turn()
+    if bench.loop.phase is Phase.STOPPING:
+        assert not bench.mirror.closed
+        bench.stop_guest()
+        bench.begin_state()
+        bench.end_save()
+    assert bench.loop.phase is Phase.HOLDING and bench.mirror.closed and bench.buffers.installed
+
+
+def test_the_watchdog_is_armed_as_long_as_the_guests_writes_wait_for_us(bench: Bench) -> None:
+    running(bench)
+    bench.loop.on_paused(True)
+    bench.turn()
+    assert bench.watchdog.armed
+    bench.mirror.lose("gone")
+    bench.turn(4)
+    assert bench.loop.phase is Phase.HOLDING and not bench.watchdog.armed
+
+
+def test_every_end_lets_the_mirrors_go(bench: Bench) -> None:
+    bench.copy()
+    bench.control.give("fence", reason="over")
+    assert bench.engine.run() is Phase.FENCED
+    assert bench.mirror.closed and bench.mirror.shallow == {1}

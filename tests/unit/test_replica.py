@@ -5,18 +5,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nova_ftvm.core import wire
-from nova_ftvm.core.replica import Acknowledge, Replica, Write
+from nova_ftvm.core.disk import DiskWrite
+from nova_ftvm.core.replica import Acknowledge, Replica, Write, WriteDisks
 from nova_ftvm.exception import ProtocolError
 from nova_ftvm.types import Epoch
-from tests.unit.frames import BLOCKS, GENERATION, decode, epoch_frames, page_frames, pages
+from tests.unit.frames import BLOCKS, DISKS, GENERATION, decode, disk_frames, epoch_frames, page_frames, pages, write
 
 EPOCH_1 = decode(*epoch_frames(1, [pages([1, 2, 9]), pages([0], 2, block=1)], b"state 1"))
-EPOCH_2 = decode(*epoch_frames(2, [pages([2], 3)], b"state 2"))
+EPOCH_2 = decode(*epoch_frames(2, [pages([2], 3)], b"state 2", writes=[write(0, 0, b"new"), write(1, 8, b"er")]))
 PRELOAD = decode(*page_frames(wire.Kind.PRELOAD, 0, pages([5, 6])))[0]
 
 
 def fed(frames: list[wire.Frame]) -> tuple[Replica, list]:
-    replica = Replica(BLOCKS)
+    replica = Replica(BLOCKS, DISKS)
     return replica, [action for frame in frames for action in replica.on_frame(frame)]
 
 
@@ -64,13 +65,13 @@ def test_a_frame_of_another_epoch_is_refused(wrong: wire.Frame) -> None:
 
 def test_a_commit_with_a_wrong_number_of_frames_is_refused() -> None:
     replica, _ = fed(EPOCH_1 + EPOCH_2[1:-1])
-    with pytest.raises(ProtocolError, match="frames and pages"):
+    with pytest.raises(ProtocolError, match="frames, pages and disk writes"):
         replica.on_frame(EPOCH_2[-1])
     assert (replica.committed, replica.device_state) == (1, b"state 1")
 
 
 def test_an_epoch_without_device_state_is_refused() -> None:
-    commit = decode(b"".join(bytes(b) for b in wire.encode_commit(GENERATION, Epoch(1), 0, 0)))[0]
+    commit = decode(b"".join(bytes(b) for b in wire.encode_commit(GENERATION, Epoch(1), 0, 0, 0)))[0]
     replica = Replica(BLOCKS)
     with pytest.raises(ProtocolError, match="no device state"):
         replica.on_frame(commit)
@@ -86,7 +87,7 @@ def test_an_epoch_without_pages_is_an_epoch() -> None:
 def test_a_device_state_in_pieces_is_put_together() -> None:
     pieces = [b"one ", b"two"]
     sent = [wire.Frame(wire.Kind.DEVICE, GENERATION, Epoch(1), piece) for piece in pieces]
-    commit = decode(b"".join(bytes(b) for b in wire.encode_commit(GENERATION, Epoch(1), 2, 0)))
+    commit = decode(b"".join(bytes(b) for b in wire.encode_commit(GENERATION, Epoch(1), 2, 0, 0)))
     assert fed(sent + commit)[0].device_state == b"one two"
 
 
@@ -120,3 +121,49 @@ def test_pages_that_leave_a_block_are_refused_and_not_staged() -> None:
         replica.on_frame(EPOCH_1[0])
     whole = decode(*epoch_frames(1, [pages([0])]))
     assert [type(action) for frame in whole for action in replica.on_frame(frame)] == [Write, Acknowledge]
+
+
+# Disks
+
+
+def told(writes: tuple[DiskWrite, ...]) -> list[tuple[int, int, bytes]]:
+    return [(w.disk, w.offset, bytes(w.contents)) for w in writes]
+
+
+def test_an_epochs_disk_writes_come_in_their_order_between_its_pages_and_the_acknowledgement() -> None:
+    _, actions = fed(EPOCH_1 + EPOCH_2)
+    write_pages, disks, acknowledge = actions[2:]
+    assert isinstance(write_pages, Write) and isinstance(disks, WriteDisks) and acknowledge == Acknowledge(Epoch(2))
+    assert told(disks.writes) == [(0, 0, b"new"), (1, 8, b"er")]
+
+
+def test_disk_writes_of_an_epoch_that_is_not_committed_are_never_seen() -> None:
+    _, actions = fed(EPOCH_1 + EPOCH_2[:-1])
+    assert not [action for action in actions if isinstance(action, WriteDisks)]
+
+
+def test_disk_writes_may_come_over_long_before_the_rest_of_their_epoch() -> None:
+    first, second = (disk_frames(wire.Kind.DISK, 1, [write(0, n, b"x")]) for n in (0, 512))
+    rest = epoch_frames(1, [pages([3])])[:-1]
+    commit = [b"".join(bytes(b) for b in wire.encode_commit(GENERATION, Epoch(1), 4, 1, 2))]
+    replica, actions = fed(decode(*first, *second, *rest, *commit))
+    assert replica.committed == 1 and told(actions[1].writes) == [(0, 0, b"x"), (0, 512, b"x")]
+
+
+def test_a_disk_write_that_is_missing_keeps_the_epoch_back() -> None:
+    frames = [frame for frame in EPOCH_2 if frame.kind is not wire.Kind.DISK]
+    replica, _ = fed(EPOCH_1)
+    with pytest.raises(ProtocolError, match="disk writes"):
+        for frame in frames:
+            replica.on_frame(frame)
+    assert replica.committed == 1
+
+
+def test_what_is_copied_first_goes_to_the_disks_at_once_and_never_after_an_epoch_began() -> None:
+    preload = decode(*disk_frames(wire.Kind.DISK_PRELOAD, 0, [write(2, 0, b"config")]))
+    replica, actions = fed(preload)
+    assert told(actions[0].writes) == [(2, 0, b"config")] and replica.committed == 0
+    for begun in (EPOCH_1[:1], EPOCH_1, decode(*disk_frames(wire.Kind.DISK, 1, [write(0, 0, b"x")]))):
+        replica, _ = fed(begun)
+        with pytest.raises(ProtocolError, match="after the first epoch began"):
+            replica.on_frame(preload[0])

@@ -10,14 +10,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nova_ftvm.core import dirty, wire
+from nova_ftvm.core.disk import DiskOp, DiskWrite
 from nova_ftvm.exception import ProtocolError, StaleGeneration
 from nova_ftvm.types import PAGE, Epoch, Generation, RamBlock
-from tests.unit.frames import BLOCKS, GENERATION, LIMIT, decode, epoch_frames, join, page_frames, pages
+from tests.unit.frames import (
+    BLOCKS,
+    DISKS,
+    GENERATION,
+    LIMIT,
+    decode,
+    disk_frames,
+    epoch_frames,
+    join,
+    page_frames,
+    pages,
+    write,
+)
 
 BEAT = join(wire.encode(wire.Kind.BEAT, GENERATION))
 ACK = join(wire.encode(wire.Kind.ACK, GENERATION, Epoch(5)))
 CHALLENGE = bytes(range(32))
-HELLO = wire.Hello("pair", "pc-i440fx-10.0", tuple(BLOCKS), wire.prove("token", CHALLENGE))
+HELLO = wire.Hello("pair", "pc-i440fx-10.0", tuple(BLOCKS), wire.prove("token", CHALLENGE), tuple(DISKS))
 
 kinds = st.sampled_from(wire.Kind)
 frames = st.tuples(kinds, st.integers(0, 2**64 - 1), st.binary(max_size=300))
@@ -35,7 +48,7 @@ def refused(data: bytes, match: str, error: type[ProtocolError] = ProtocolError,
         decoder.finish()
 
 
-def forged(magic: bytes = b"FTVM", version: int = 1, kind: int = 9, zero: int = 0, generation: int = GENERATION,
+def forged(magic: bytes = b"FTVM", version: int = 2, kind: int = 9, zero: int = 0, generation: int = GENERATION,
            epoch: int = 0, length: int | None = None, payload: bytes = b"") -> bytes:
     """A frame with a right checksum and anything else."""
     header = struct.pack(">4sBBHQQI", magic, version, kind, zero, generation, epoch,
@@ -89,11 +102,11 @@ def test_garbage_is_refused(garbage: bytes) -> None:
 
 @pytest.mark.parametrize(("frame", "match"), [
     (forged(magic=b"HTTP"), "not a frame of this protocol"),
-    (forged(version=2), "version 2.*upgrade both"),
+    (forged(version=1), "version 1.*upgrade both"),
     (forged(length=LIMIT), "the limit is"),
     (forged(length=2**32 - 1), "the limit is"),
     (forged(kind=0), "unknown kind 0"),
-    (forged(kind=12), "unknown kind 12"),
+    (forged(kind=14), "unknown kind 14"),
     (forged(zero=1), "unknown kind"),
     (BEAT[:-1] + bytes([BEAT[-1] ^ 1]), "damaged"),
 ])
@@ -197,7 +210,7 @@ def test_no_payload_breaks_the_decoding_of_pages(payload: bytes) -> None:
 
 def test_commit_says_frames_and_pages() -> None:
     commit = decode(*epoch_frames(1, [pages([1, 2]), pages([0], block=1)]))[-1]
-    assert wire.decode_commit(commit) == (3, 3)
+    assert wire.decode_commit(commit) == (3, 3, 0)
     with pytest.raises(ProtocolError, match="wrong length"):
         wire.decode_commit(wire.Frame(wire.Kind.COMMIT, GENERATION, Epoch(1), bytes(commit.payload)[:-1]))
 
@@ -220,10 +233,10 @@ def test_a_wrong_token_or_a_recorded_answer_is_refused(token: str, challenge: by
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"{}", b"\xff\xfe", b"[" * 60000, (
-    b'{"pair_id": "p", "machine": "m", "proof": "", "blocks": [["a", Infinity]]}'), (
-    b'{"pair_id": "p", "machine": "m", "proof": "\\ud800", "blocks": []}'), json.dumps(
-    {"pair_id": "p", "machine": "m", "blocks": [["a"]], "proof": ""}).encode(), json.dumps(
-    {"pair_id": "p", "machine": "m", "blocks": 3, "proof": ""}).encode()], ids=range(11))
+    b'{"pair_id": "p", "machine": "m", "proof": "", "blocks": [["a", Infinity]], "disks": []}'), (
+    b'{"pair_id": "p", "machine": "m", "proof": "\\ud800", "blocks": [], "disks": []}'), json.dumps(
+    {"pair_id": "p", "machine": "m", "blocks": [["a"]], "proof": "", "disks": []}).encode(), json.dumps(
+    {"pair_id": "p", "machine": "m", "blocks": 3, "proof": "", "disks": []}).encode()], ids=range(11))
 def test_a_hello_that_cannot_be_read_is_refused(body: bytes) -> None:
     with pytest.raises(ProtocolError):
         wire.decode_hello(wire.Frame(wire.Kind.HELLO, GENERATION, Epoch(0), body), "token", CHALLENGE)
@@ -240,3 +253,60 @@ def test_a_proof_of_odd_characters_is_refused_like_any_other(proof: str) -> None
 def test_another_kind_instead_of_hello_is_refused() -> None:
     with pytest.raises(ProtocolError, match="BEAT instead of HELLO"):
         wire.decode_hello(wire.Frame(wire.Kind.BEAT, Generation(7), Epoch(0)), "token", CHALLENGE)
+
+
+# Disks
+
+operations = st.builds(
+    lambda disk, op, offset, contents, length: DiskWrite(
+        disk, op, offset, len(contents) if op is DiskOp.WRITE else length,
+        contents if op is DiskOp.WRITE else b""),
+    st.integers(0, 1), st.sampled_from(DiskOp), st.integers(0, 1 << 15), st.binary(min_size=1, max_size=2000),
+    st.integers(1, 1 << 15))
+
+
+@given(st.lists(operations, max_size=30), st.integers(400, 5000))
+def test_disk_writes_come_back_as_they_were_whatever_the_frames_limit(writes: list[DiskWrite], limit: int) -> None:
+    frames = disk_frames(wire.Kind.DISK, 3, writes, limit)
+    assert all(len(frame) <= limit for frame in frames)
+    back = [write for frame in decode(*frames) for write in wire.decode_disk(frame, DISKS)]
+    disks, copies = ([bytearray(disk.size) for disk in DISKS] for _ in range(2))
+    for target, some in ((disks, writes), (copies, back)):
+        for change in some:
+            contents = bytes(change.contents) if change.op is DiskOp.WRITE else bytes([change.op]) * change.length
+            target[change.disk][change.offset:change.offset + change.length] = contents
+    assert disks == copies
+
+
+@pytest.mark.parametrize(("wrong", "why"), [
+    (DiskWrite(9, DiskOp.WRITE, 0, 1, b"x"), "on disk 9 of 3"),
+    (DiskWrite(0, 7, 0, 1, b""), "operation 7"),
+    (DiskWrite(1, DiskOp.WRITE, (1 << 16) - 1, 2, b"xx"), "leaves disk 1"),
+    (DiskWrite(1, DiskOp.ZERO, 0, 0), "leaves disk 1"),
+    (DiskWrite(2, DiskOp.ZERO, 0, 1), "read-only"),
+    (DiskWrite(0, DiskOp.WRITE, 0, 5, b"four"), "do not fit"),
+    (DiskWrite(0, DiskOp.ZERO, 0, 5, b"four"), "do not fit"),
+])
+def test_a_disk_write_that_no_correct_peer_sends_is_refused(wrong: DiskWrite, why: str) -> None:
+    (frame,) = decode(*disk_frames(wire.Kind.DISK, 1, [wrong]))
+    with pytest.raises(ProtocolError, match=why):
+        wire.decode_disk(frame, DISKS)
+
+
+@given(st.data())
+def test_a_disk_frame_that_is_cut_is_refused(data: st.DataObject) -> None:
+    (frame,) = decode(*disk_frames(wire.Kind.DISK, 1, [write(0, 0, b"abc"), write(1, 5, b"de")]))
+    cut = data.draw(st.integers(0, len(frame.payload) - 1))
+    with pytest.raises(ProtocolError):
+        wire.decode_disk(wire.Frame(frame.kind, GENERATION, Epoch(1), bytes(frame.payload)[:cut]), DISKS)
+
+
+def test_the_welcome_names_the_disks_on_the_same_base() -> None:
+    (frame,) = decode(join(wire.encode_welcome(GENERATION, [0, 2])))
+    assert wire.decode_welcome(frame) == {0, 2}
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b'{"shallow": [null]}', b'{"shallow": 3}'])
+def test_a_welcome_that_cannot_be_read_is_refused(body: bytes) -> None:
+    with pytest.raises(ProtocolError, match="WELCOME"):
+        wire.decode_welcome(wire.Frame(wire.Kind.WELCOME, GENERATION, Epoch(0), body))
