@@ -20,7 +20,7 @@ from nova_ftvm.engine.faults import Fault, trip
 from nova_ftvm.engine.firstcopy import FirstCopy
 from nova_ftvm.engine.link import Link, PeerLost
 from nova_ftvm.engine.stats import EpochLog
-from nova_ftvm.exception import GuestGone, MirrorLost, ProtocolError
+from nova_ftvm.exception import GuestGone, MirrorLost, ProtocolError, QemuError
 from nova_ftvm.types import Generation, Grant
 
 LOG = logging.getLogger(__name__)
@@ -29,6 +29,8 @@ LOG = logging.getLogger(__name__)
 _PROGRESS_S = 1.0
 #: What a guest's write may wait for the loop beside the watchdog's limit, while the first copy asks QEMU things.
 _COPY_SLACK_S = 10.0
+#: A checkpoint that QEMU does not end within this is the end of the protection; the gate's keeper sees to the guest.
+_CHECKPOINT_LIMIT_S = 30.0
 
 
 class PrimaryEngine:
@@ -59,7 +61,7 @@ class PrimaryEngine:
         self._shallow = shallow
         self._disks = DiskStream(mirror, log_limit, generation, frame_limit, self._send)
         self._copy = FirstCopy(memory, mirror, self._disks, fixed, generation, frame_limit, self._send, clock)
-        self._next_progress = clock()
+        self._next_progress = self._checkpoint_deadline = clock()
         self._selector = selectors.DefaultSelector()
         self._selector.register(monitor, selectors.EVENT_READ, self._on_monitor)
         self._selector.register(control, selectors.EVENT_READ, self._on_control)
@@ -122,10 +124,16 @@ class PrimaryEngine:
         return max(0.0, due - self._clock())
 
     def _guard(self, patience: float) -> None:
-        """A loop that hangs holds up the guest's disk writes at any time, not in a checkpoint only."""
+        """A loop that hangs holds the guest up: in a checkpoint, and with its disk writes at any time.
+
+        One that turns does not: then it is QEMU that takes its time, to flush the host's disk for one. Only when that
+        never ends is the checkpoint given up.
+        """
         if self._loop.phase in PAUSED:
-            return
-        if self._disks.open:
+            if self._clock() > self._checkpoint_deadline:
+                raise QemuError("xen-save-devices-state", f"not done within {_CHECKPOINT_LIMIT_S:g} s")
+            self._watchdog.arm(patience)
+        elif self._disks.open:
             self._watchdog.arm(patience + (_COPY_SLACK_S if self._loop.phase is Phase.COPYING else 0.0))
         else:
             self._watchdog.disarm()
@@ -205,6 +213,7 @@ class PrimaryEngine:
         self._memory.begin_capture()
         self._stats.began()
         trip(Fault.BEFORE_BATCH)
+        self._checkpoint_deadline = self._clock() + _CHECKPOINT_LIMIT_S
         self._watchdog.arm()
         self._talk.begin()
         trip(Fault.BATCH_SENT)

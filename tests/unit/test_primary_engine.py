@@ -12,6 +12,7 @@ from nova_ftvm.engine.capture import Conversation
 from nova_ftvm.engine.link import Link
 from nova_ftvm.engine.primary import PrimaryEngine
 from nova_ftvm.engine.stats import EpochLog
+from nova_ftvm.exception import QemuError
 from tests.unit.engine_fakes import (
     Bell,
     Clock,
@@ -537,6 +538,18 @@ def test_the_watchdog_is_armed_as_long_as_the_guests_writes_wait_for_us(bench: B
     bench.mirror.lose("gone")
     bench.turn(4)
     assert bench.loop.phase is Phase.HOLDING and not bench.watchdog.armed
+
+
+def test_a_checkpoint_that_qemu_does_not_end_is_given_up(bench: Bench) -> None:
+    running(bench)
+    to_batch(bench)
+    bench.clock.now += 29.0
+    bench.turn(1)
+    assert bench.watchdog.armed and bench.loop.phase is Phase.STOPPING
+    bench.clock.now += 2.0
+    with pytest.raises(QemuError, match="not done within 30 s"):
+        bench.engine.run()
+    assert bench.mirror.closed
 
 
 def test_every_end_lets_the_mirrors_go(bench: Bench) -> None:
