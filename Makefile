@@ -1,18 +1,20 @@
-# setup   prepares the machine: Debian packages, build/venv, the guest
-# lab     brings the lab up; ftvm-lab in build/venv/bin talks to it
-# demo    kills a protected server's host under traffic, RUNS times
-# test    lint, then all tests; takes the lab down before and after
-# clean   takes the lab down and removes what was built
+# setup     prepares the machine: Debian packages, build/venv, the guests
+# lab       brings the lab up; ftvm-lab in build/venv/bin talks to it
+# demo      kills a protected server's host under traffic, RUNS times
+# survival  kills the hosts of a protected database in turn under load, KILLS times
+# test      lint, then all tests; takes the lab down before and after
+# clean     takes the lab down and removes what was built
 
 SHELL := /bin/bash
 BIN := $(CURDIR)/build/venv/bin
 PYTEST := $(BIN)/python -m pytest
 RUNS ?= 1
+KILLS ?= 50
 TEST_LAB_DIR ?= /var/tmp/ftvm-lab-test
 
 export PATH := $(BIN):$(PATH)
 
-.PHONY: setup lab demo test lint clean
+.PHONY: setup lab demo survival test lint clean
 
 setup:
 	@lab/setup.sh
@@ -22,6 +24,9 @@ lab: setup
 
 demo: setup
 	@python -m ftvm_lab.demo --runs $(RUNS) --output build/demo.json
+
+survival: setup
+	@python -m ftvm_lab.survival --kills $(KILLS) --output build/survival.json
 
 lint: setup
 	ruff check .
@@ -36,7 +41,7 @@ test: lint
 	timeout 300 $(PYTEST) tests/unit; \
 	timeout 600 $(PYTEST) tests/host; \
 	timeout 600 $(PYTEST) tests/functional; \
-	timeout 900 $(PYTEST) tests/system
+	timeout 1500 $(PYTEST) tests/system
 
 clean:
 	@if [ -x $(BIN)/ftvm-lab ]; then ftvm-lab down --wipe; fi

@@ -1,11 +1,12 @@
 #!/bin/bash
-# Prepares this machine: Debian packages, build/venv, the guest. Safe to repeat;
+# Prepares this machine: Debian packages, build/venv, the guests. Safe to repeat;
 # does only what is missing or whose inputs changed since the last time.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 readonly STAMPS=build/stamps PYTHON=build/venv/bin/python
 readonly PACKAGES="rabbitmq-server mariadb-server mariadb-client busybox-static cpio kmod
-    genisoimage iproute2 iputils-ping git gcc libc6-dev pkg-config python3-dev python3-venv"
+    genisoimage iproute2 iputils-ping git gcc libc6-dev pkg-config python3-dev python3-venv
+    mmdebstrap e2fsprogs postgresql-client"
 # Newer than bookworm's own: Nova's next release needs libvirt 10.0 and QEMU 8.2.
 readonly BACKPORTS="libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients libvirt-dev
     qemu-system-x86 qemu-utils"
@@ -105,6 +106,11 @@ if stale guest lab/ftvm_lab/guest.py lab/ftvm_lab/guest_root; then
     say "building the guest"
     "$PYTHON" -m ftvm_lab.guest build/guest
     fresh guest
+fi
+if stale debian lab/ftvm_lab/debian.py lab/ftvm_lab/debian_root lab/ftvm_lab/guest.py; then
+    say "building the database guest"
+    "$PYTHON" -m ftvm_lab.debian build/debian
+    fresh debian
 fi
 if stale product pyproject.toml setup.cfg setup.py nova_ftvm nova etc; then
     say "installing nova_ftvm"

@@ -12,10 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ftvm_lab import cloud, computes, failover, lab, network
+from ftvm_lab import cloud, failover
 from ftvm_lab.command import LabError, Progress
 from ftvm_lab.failover import Outcome, Stage
-from ftvm_lab.layout import COMPUTES, Layout
+from ftvm_lab.layout import Layout
 from ftvm_lab.servers import Servers
 
 NAME = "ftvm-demo"
@@ -29,7 +29,7 @@ def main() -> None:
     error = None
     setup_s = None
     try:
-        setup_s = _prepare(layout, progress)
+        setup_s = failover.prepare(layout, progress)
         for outcome in _run(layout, progress, arguments.runs):
             outcomes.append(outcome)
     except LabError as failed:
@@ -45,28 +45,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("build/demo.json"))
     return parser.parse_args()
-
-
-def _prepare(layout: Layout, progress: Progress) -> float:
-    """A clean lab; the seconds that it took."""
-    if network.namespaces():
-        if computes.is_plain(layout):
-            raise LabError("the lab is up without nova_ftvm: ftvm-lab down")
-        cloud.enter_control()
-    else:
-        lab.up(layout, plain=False, progress=progress)
-    _clear(layout)
-    return round(progress.elapsed_s, 1)
-
-
-def _clear(layout: Layout) -> None:
-    """Undoes what an interrupted demo left: dead hosts, and the plain user's servers."""
-    for node in COMPUTES:
-        if node.namespace not in network.namespaces():
-            computes.power_on(layout, node)
-    for server in cloud.connect(layout, "demo").compute.servers():
-        Servers(cloud.connect(layout)).delete(server.id)
-    Servers(cloud.connect(layout)).wait_until_clean(failover.CLEAN_TIMEOUT_S)
 
 
 def _run(layout: Layout, progress: Progress, runs: int) -> Iterator[Outcome]:

@@ -1,4 +1,4 @@
-"""The demo's scenario, once: a protected server's host dies, and its clients go on.
+"""The demo's scenario, once, and its parts for other ones: a protected server's host dies, and its clients go on.
 
 Both the demo and the system tests run it. Every figure counts from the moment
 just before the host's power is taken away.
@@ -10,22 +10,34 @@ from dataclasses import dataclass
 
 from openstack.compute.v2.server import Server
 
-from ftvm_lab import computes, pairs
-from ftvm_lab.client import Report
+from ftvm_lab import cloud, computes, lab, network, pairs
+from ftvm_lab.client import PORT, Report
 from ftvm_lab.cloud import Client
 from ftvm_lab.command import LabError, Progress
-from ftvm_lab.layout import Layout, compute
+from ftvm_lab.layout import COMPUTES, Layout, compute
 from ftvm_lab.pairs import Checkpoints, Timeline
 from ftvm_lab.seed import IMAGE, NETWORK
 from ftvm_lab.servers import STATE_KEY, Servers
 from ftvm_lab.traffic import Traffic, measure, wait_for_guest
 
-FLAVOR = "ftvm.demo"
 MEASURE_S = 5.0
 BOOT_TIMEOUT_S = 120.0
 PROTECT_TIMEOUT_S = 120.0
 MOVE_TIMEOUT_S = 120.0
 CLEAN_TIMEOUT_S = 180.0
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a server is made of, the port that its guest serves, and the time that it may take to boot."""
+
+    image: str
+    flavor: str
+    port: int
+    boot_timeout_s: float
+
+
+DEMO = Kind(IMAGE, "ftvm.demo", PORT, BOOT_TIMEOUT_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +86,28 @@ class Outcome:
         return self.same_identity and self.host_after == self.backup_host and is_clean
 
 
+def prepare(layout: Layout, progress: Progress) -> float:
+    """A clean lab; the seconds that it took."""
+    if network.namespaces():
+        if computes.is_plain(layout):
+            raise LabError("the lab is up without nova_ftvm: ftvm-lab down")
+        cloud.enter_control()
+    else:
+        lab.up(layout, plain=False, progress=progress)
+    clear(layout)
+    return round(progress.elapsed_s, 1)
+
+
+def clear(layout: Layout) -> None:
+    """Undoes what an interrupted scenario left: dead hosts, and the plain user's servers."""
+    for node in COMPUTES:
+        if node.namespace not in network.namespaces():
+            computes.power_on(layout, node)
+    for server in cloud.connect(layout, "demo").compute.servers():
+        Servers(cloud.connect(layout)).delete(server.id)
+    Servers(cloud.connect(layout)).wait_until_clean(CLEAN_TIMEOUT_S)
+
+
 class Stage:
     """The lab as the scenario uses it: two users, the hosts, and somebody who watches."""
 
@@ -91,12 +125,12 @@ class Stage:
         print(output, end="", flush=True)
         return output
 
-    def create(self, name: str, *properties: str) -> str:
+    def create(self, name: str, *properties: str, kind: Kind = DEMO) -> str:
         """Creates a server as the plain user; its id, when it is ACTIVE."""
         words = [word for text in properties for word in ("--property", text)]
         self.openstack(
             [
-                *("server", "create", *words, "--image", IMAGE, "--flavor", FLAVOR),
+                *("server", "create", *words, "--image", kind.image, "--flavor", kind.flavor),
                 *("--network", NETWORK, "--wait", "-c", "id", "-c", "status", "-c", "addresses", name),
             ]
         )
@@ -123,10 +157,10 @@ class Protected:
     protect_s: float
 
 
-def protect(stage: Stage, name: str) -> Protected:
+def protect(stage: Stage, name: str, kind: Kind = DEMO) -> Protected:
     """Creates a server with ft=true, and waits until it is protected and its guest serves."""
     start = time.monotonic()
-    server_id = stage.create(name, "ft=true")
+    server_id = stage.create(name, "ft=true", kind=kind)
     boot_s = time.monotonic() - start
     backup = stage.servers.wait_for_backup(server_id, PROTECT_TIMEOUT_S)
     stage.progress.step(f"its backup {backup.name} is on {backup.compute_host}")
@@ -140,7 +174,7 @@ def protect(stage: Stage, name: str) -> Protected:
         cloud="admin",
     )
     before = stage.place(server_id)
-    wait_for_guest(before.address, BOOT_TIMEOUT_S)
+    wait_for_guest(before.address, kind.boot_timeout_s, kind.port)
     return Protected(before, backup, boot_s, protect_s)
 
 
@@ -163,7 +197,7 @@ def lose_host(stage: Stage, protected: Protected, rtt_ms_p50_unprotected: float)
     stage.progress.step(f"protected: a reply takes {rtt_protected} ms (median)")
     with Traffic(before.address) as traffic:
         time.sleep(MEASURE_S)
-        _check_still_protected(stage, protected)
+        check_still_protected(stage, protected)
         killed_at = time.time()
         traffic.mark()
         computes.kill(stage.layout, compute(before.host))
@@ -197,7 +231,7 @@ def lose_host(stage: Stage, protected: Protected, rtt_ms_p50_unprotected: float)
     )
 
 
-def _check_still_protected(stage: Stage, protected: Protected) -> None:
+def check_still_protected(stage: Stage, protected: Protected) -> None:
     """The scenario is about one failover: there must not have been one before."""
     before = protected.before
     state, reason = stage.servers.protection(before.server_id)

@@ -10,7 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,9 +29,22 @@ FILES = {
     "inittab": "etc/inittab",
     "start": "etc/start",
     "session": "bin/session",
+    "blocks": "bin/blocks",
     "power": "etc/acpi/PWRF/00000080",
 }
 DISK_SIZE = "32M"
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """An unpacked kernel package."""
+
+    tree: Path
+    version: str
+
+    @property
+    def image(self) -> Path:
+        return self.tree / "boot" / f"vmlinuz-{self.version}"
 
 
 def main() -> None:
@@ -38,65 +52,76 @@ def main() -> None:
     target.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as name:
         work = Path(name)
-        package = kernel_package()
-        version = package.removeprefix("linux-image-")
-        tree = _unpack(package, work)
-        shutil.copy(tree / "boot" / f"vmlinuz-{version}", target / "kernel")
+        kernel = fetch_kernel(work)
+        shutil.copy(kernel.image, target / "kernel")
         root = work / "root"
-        _fill(root, _modules(tree, version))
-        _pack(root, target / "ramdisk")
+        for directory in ("sys", "www", "var/run"):
+            (root / directory).mkdir(parents=True)
+        install_busybox(root)
+        install_modules(root, kernel, MODULES)
+        install_files(root, "guest_root", FILES)
+        pack(root, target / "ramdisk")
     run(["qemu-img", "create", "-q", "-f", "qcow2", str(target / "disk.qcow2"), DISK_SIZE])
 
 
-def kernel_package() -> str:
-    """The package with the kernel itself, as Debian names it today."""
+def fetch_kernel(work: Path) -> Kernel:
+    """Downloads the kernel as Debian names it today, and unpacks it below `work`."""
     depends = run(["apt-cache", "depends", META_PACKAGE])
     match = re.search(r"Depends: (linux-image-\S+)", depends)
     if match is None:
         raise LabError(f"{META_PACKAGE} names no kernel: {depends}")
-    return match[1]
-
-
-def _unpack(package: str, work: Path) -> Path:
-    tree = work / "kernel"
+    package = match[1]
     subprocess.run(["apt-get", "download", "-q", package], cwd=work, check=True, timeout=300)
     archive = next(work.glob(f"{package}_*.deb"))
+    tree = work / "kernel"
     run(["dpkg", "-x", str(archive), str(tree)], timeout_s=120)
-    return tree
+    return Kernel(tree, package.removeprefix("linux-image-"))
 
 
-def _modules(tree: Path, version: str) -> list[Path]:
-    """The module files, each after those that it needs."""
-    run(["depmod", "-b", str(tree), version])
-    found: dict[Path, None] = {}
-    for module in MODULES:
-        lines = run(["modprobe", "-d", str(tree), "-S", version, "--show-depends", module])
-        for line in lines.splitlines():
-            if line.startswith("insmod "):
-                found[Path(line.split()[1])] = None
-    return list(found)
-
-
-def _fill(root: Path, modules: Iterable[Path]) -> None:
-    for directory in ("bin", "proc", "sys", "dev", "mnt", "www", "lib/modules", "var/run"):
+def install_busybox(root: Path) -> None:
+    """busybox and all its names, and the directories that every ramdisk needs."""
+    for directory in ("bin", "proc", "dev", "mnt"):
         (root / directory).mkdir(parents=True)
     shutil.copy(BUSYBOX, root / "bin/busybox")
     for applet in run([str(BUSYBOX), "--list"]).split():
         if applet != "busybox":
             (root / "bin" / applet).symlink_to("busybox")
     (root / "init").symlink_to("bin/busybox")
+
+
+def install_modules(root: Path, kernel: Kernel, names: Iterable[str]) -> None:
+    """The modules, and in lib/modules/order their order: each after those that it needs."""
+    target = root / "lib/modules"
+    target.mkdir(parents=True)
+    modules = _in_order(kernel, names)
     for module in modules:
-        shutil.copy(module, root / "lib/modules")
-    order = "".join(f"{module.name}\n" for module in modules)
-    (root / "lib/modules/order").write_text(order)
-    for name, place in FILES.items():
+        shutil.copy(module, target)
+    (target / "order").write_text("".join(f"{module.name}\n" for module in modules))
+
+
+def _in_order(kernel: Kernel, names: Iterable[str]) -> list[Path]:
+    run(["depmod", "-b", str(kernel.tree), kernel.version])
+    found: dict[Path, None] = {}
+    for name in names:
+        lines = run(["modprobe", "-d", str(kernel.tree), "-S", kernel.version, "--show-depends", name])
+        for line in lines.splitlines():
+            if line.startswith("insmod "):
+                found[Path(line.split()[1])] = None
+    return list(found)
+
+
+def install_files(root: Path, source: str, places: Mapping[str, str]) -> None:
+    """Puts files of this package's directory `source` to their places, executable."""
+    for name, place in places.items():
         path = root / place
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(files("ftvm_lab").joinpath("guest_root", name).read_text())
+        path.unlink(missing_ok=True)
+        path.write_text(files("ftvm_lab").joinpath(source, name).read_text())
         path.chmod(0o755)
 
 
-def _pack(root: Path, ramdisk: Path) -> None:
+def pack(root: Path, ramdisk: Path) -> None:
+    """The directory as a compressed archive that the kernel unpacks."""
     names = "\n".join(str(path.relative_to(root)) for path in sorted(root.rglob("*")))
     archive = subprocess.run(
         ["cpio", "--create", "--format=newc", "--quiet"],

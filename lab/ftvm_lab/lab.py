@@ -67,8 +67,9 @@ def up(layout: Layout, *, plain: bool, progress: Progress) -> None:
 def _check_parts(layout: Layout, plain: bool) -> None:
     if os.geteuid() != 0:
         raise LabError("the lab makes namespaces: run it as root")
-    if not (layout.guest / "kernel").exists():
-        raise LabError(f"no guest in {layout.guest}: make setup")
+    for guest in (layout.guest, layout.debian):
+        if not (guest / "disk.qcow2").exists():
+            raise LabError(f"no guest in {guest}: make setup")
     if not plain and find_spec("nova.virt.ftvm") is None:
         raise LabError("nova_ftvm is not installed: make setup, or ftvm-lab up --plain")
 
@@ -130,7 +131,7 @@ def _finish(layout: Layout, machine: Machine, progress: Progress, *, is_new: boo
     connection = cloud.connect(layout)
     if is_new:
         seed.seed_resources(connection, layout)
-        progress.step("image, flavors and network are made")
+        progress.step("images, flavors and network are made")
     names = {node.name for node in COMPUTES}
     wait_until(
         "all compute hosts to be up in Nova",

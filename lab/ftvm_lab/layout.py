@@ -87,6 +87,11 @@ class Layout:
         return self.venv.parent / "guest"
 
     @property
+    def debian(self) -> Path:
+        """The database guest's, likewise."""
+        return self.venv.parent / "debian"
+
+    @property
     def metadefs(self) -> Path:
         """Where the product's wheel installs its Glance definitions."""
         return self.venv / "etc" / "nova-ftvm" / "metadefs"

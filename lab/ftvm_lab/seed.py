@@ -1,4 +1,6 @@
-"""Fills a new cloud: accounts and catalogue, then image, flavors and network."""
+"""Fills a new cloud: accounts and catalogue, then images, flavors and network."""
+
+from pathlib import Path
 
 from openstack.connection import Connection
 from openstack.identity.v3._proxy import Proxy
@@ -7,9 +9,11 @@ from ftvm_lab.endpoints import GLANCE, NEUTRON, NOVA, PLACEMENT
 from ftvm_lab.layout import PASSWORD, PROVIDER, REGION, Layout
 
 IMAGE = "ftvm-demo"
+DATABASE_IMAGE = "ftvm-debian"
 NETWORK = "provider"
 #: name -> MB of memory
 FLAVORS = {"ftvm.demo": 192, "ftvm.nano": 128}
+DATABASE_FLAVOR = "ftvm.database"
 KERNEL_OPTIONS = "console=ttyS0 quiet tsc=unstable nokaslr mitigations=off"
 
 
@@ -34,17 +38,20 @@ def seed_identity(connection: Connection) -> str:
 
 
 def seed_resources(connection: Connection, layout: Layout) -> None:
-    _create_image(connection, layout)
+    _create_image(connection, IMAGE, layout.guest, KERNEL_OPTIONS)
+    _create_image(connection, DATABASE_IMAGE, layout.debian, f"{KERNEL_OPTIONS} root=/dev/vda")
     for name, ram in FLAVORS.items():
         connection.compute.create_flavor(name=name, ram=ram, vcpus=1, disk=1)
+    # Three disks to write to: the root in GB, an ephemeral one in GB, and swap in MB.
+    connection.compute.create_flavor(name=DATABASE_FLAVOR, ram=512, vcpus=1, disk=2, ephemeral=1, swap=64)
     _create_network(connection)
 
 
-def _create_image(connection: Connection, layout: Layout) -> None:
+def _create_image(connection: Connection, name: str, parts_of: Path, kernel_options: str) -> None:
     parts = {
         part: connection.image.create_image(
-            name=f"{IMAGE}-{part}",
-            filename=str(layout.guest / part),
+            name=f"{name}-{part}",
+            filename=str(parts_of / part),
             container_format=image_format,
             disk_format=image_format,
             visibility="public",
@@ -53,8 +60,8 @@ def _create_image(connection: Connection, layout: Layout) -> None:
         for part, image_format in (("kernel", "aki"), ("ramdisk", "ari"))
     }
     connection.image.create_image(
-        name=IMAGE,
-        filename=str(layout.guest / "disk.qcow2"),
+        name=name,
+        filename=str(parts_of / "disk.qcow2"),
         container_format="bare",
         disk_format="qcow2",
         visibility="public",
@@ -63,10 +70,12 @@ def _create_image(connection: Connection, layout: Layout) -> None:
         ramdisk_id=parts["ramdisk"].id,
         hw_machine_type="pc",
         hw_rng_model="virtio",
+        # Without it, Nova makes ephemeral disks VFAT.
+        os_type="linux",
         # The config drive: not on the IDE bus, where a server cannot be protected.
         hw_cdrom_bus="scsi",
         hw_scsi_model="virtio-scsi",
-        os_command_line=KERNEL_OPTIONS,
+        os_command_line=kernel_options,
     )
 
 
