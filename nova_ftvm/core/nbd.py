@@ -32,7 +32,7 @@ _NBDMAGIC, _IHAVEOPT = b"NBDMAGIC", b"IHAVEOPT"
 _FIXED_NEWSTYLE, _NO_ZEROES = 1, 2
 _CLIENT_FLAGS = struct.Struct(">I")
 _OPTION = struct.Struct(">8sII")
-_OPT_ABORT, _OPT_LIST, _OPT_INFO, _OPT_GO = 2, 3, 6, 7
+_OPT_EXPORT_NAME, _OPT_ABORT, _OPT_LIST, _OPT_INFO, _OPT_GO = 1, 2, 3, 6, 7
 
 _OPTION_REPLY = struct.Struct(">QIII")
 _OPTION_REPLY_MAGIC = 0x3E889045565A9
@@ -64,7 +64,7 @@ _USUAL_MAX_PAYLOAD = 32 << 20
 #: A length has 32 bits; this is a multiple of any block.
 _MOST_BYTES_WITHOUT_CONTENTS = 1 << 30
 #: Requests that QEMU's server works at; beyond it stops reading.
-MOST_IN_FLIGHT = 16
+_MOST_IN_FLIGHT = 16
 
 
 class Server:
@@ -166,6 +166,8 @@ class Server:
         elif option == _OPT_ABORT:
             self._reply_option(option, _REP_ACK)
             self.ended = True
+        elif option == _OPT_EXPORT_NAME:
+            raise ProtocolError("an NBD client of the old style: this option has no answer")
         else:
             self._reply_option(option, _REP_ERR_UNSUP if option != _OPT_LIST else _REP_ERR_INVALID)
 
@@ -238,8 +240,8 @@ class Server:
 class Client:
     """The client's side of one connection.
 
-    The caller sends `unsent` and what `request` gives, and hands what comes to `received`. Requests are done in any order,
-    so that one that overlaps another must wait for its answer: see `may_send`.
+    The caller sends `unsent` and what `request` gives, and hands what comes to `received`. Requests are done in any
+    order, so that one that overlaps another must wait for its answer: see `may_send`.
     """
 
     def __init__(self, export: str) -> None:
@@ -255,13 +257,9 @@ class Client:
         self._take: Callable[[], int] = self._take_greeting
         self._answered: list[tuple[DiskWrite, int]] = []
 
-    @property
-    def in_flight(self) -> int:
-        return len(self._in_flight)
-
     def may_send(self, write: DiskWrite) -> bool:
         """Is there room for it, and does it touch nothing that is still being written?"""
-        if len(self._in_flight) >= MOST_IN_FLIGHT:
+        if len(self._in_flight) >= _MOST_IN_FLIGHT:
             return False
         start, end = write.offset, write.offset + write.length
         return all(end <= other.offset or start >= other.offset + other.length for other in self._in_flight.values())
@@ -355,7 +353,3 @@ class Client:
             raise ProtocolError("an NBD reply to no request")
         self._answered.append((write, error))
         return _REPLY.size
-
-
-#: The client's last word.
-GOODBYE = _REQUEST.pack(_REQUEST_MAGIC, 0, _CMD_DISC, 0, 0, 0)

@@ -6,6 +6,7 @@ point of it, or hangs and is killed by the watchdog, the gate's keeper lets QEMU
 
 import contextlib
 import logging
+import select
 import selectors
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -29,6 +30,8 @@ LOG = logging.getLogger(__name__)
 _PROGRESS_S = 1.0
 #: What a guest's write may wait for the loop beside the watchdog's limit, while the first copy asks QEMU things.
 _COPY_SLACK_S = 10.0
+#: How long after its sockets a process that ends is gone.
+_LAST_BREATH_S = 0.2
 #: A checkpoint that QEMU does not end within this is the end of the protection; the gate's keeper sees to the guest.
 _CHECKPOINT_LIMIT_S = 30.0
 
@@ -53,6 +56,7 @@ class PrimaryEngine:
         self._link = link
         self._linked = True
         self._control = control
+        self._pidfd = pidfd
         self._watchdog = watchdog
         self._stats = stats
         self._limit = frame_limit
@@ -292,9 +296,15 @@ class PrimaryEngine:
             self._loop.on_log_full(self._clock())
 
     def _lose_mirror(self, why: str) -> None:
-        """The backup lives, but no epoch after this can be whole."""
-        LOG.warning("a disk is not followed any more: %s", why)
+        """The backup lives, but no epoch after this can be whole.
+
+        A QEMU that dies closes its mirrors first. That is the backup's hour: to ask to go on alone would lose the guest.
+        """
         self._unmirror()
+        if select.select([self._pidfd], [], [], _LAST_BREATH_S)[0]:
+            self._on_guest_gone()
+            return
+        LOG.warning("a disk is not followed any more: %s", why)
         self._do(self._loop.on_peer_lost(why, self._clock()))
 
     def _unmirror(self) -> None:

@@ -142,8 +142,9 @@ class AttendedMonitor(qmp.Monitor):
             poll = select.poll()
             poll.register(self, events)
             poll.register(door, select.POLLIN)
-            ready = [fd for fd, _ in poll.poll(max(0.0, deadline - self._clock()) * 1000)]
-            if not ready or self.fileno() in ready:
+            left = deadline - self._clock()
+            ready = [fd for fd, _ in poll.poll(max(0.0, left) * 1000)]
+            if not ready or self.fileno() in ready or left <= 0:
                 break
             serve()
         super()._wait(events, deadline)
@@ -167,7 +168,7 @@ class DiskMirror:
         return self._server.fileno()
 
     def start(self, shallow: Collection[int]) -> None:
-        """As ports.Mirror says. Raises Unsupported for a disk that QEMU does not mirror."""
+        """As ports.Mirror says. Raises Unsupported for a disk that QEMU does not mirror; `remove` also then."""
         _remove_mirrors(self._monitor, _MIRRORS)
         self._monitor.attend(self._server, self._attend)
         try:
@@ -177,10 +178,8 @@ class DiskMirror:
             for number in self._mirrored:
                 self._monitor.command("blockdev-mirror", **self._job(number, number in shallow))
         except QemuError as error:
-            self.close()
-            self.remove()
-            raise Unsupported(f"disk {self.disks[number].device} cannot be mirrored ({error.description}): "
-                              "end other block jobs of this server first") from error
+            raise Unsupported(f"disk {self.disks[number].device} cannot be mirrored: {error.description}. "
+                              "If it has a block job of somebody else, end that first") from error
         self._server.close_door()
 
     def progress(self) -> tuple[int, int, bool]:
@@ -210,8 +209,9 @@ class DiskMirror:
             self._monitor.ignore()
 
     def _target(self, number: int) -> dict[str, Any]:
+        # Zeros that the guest writes, or that are no hole in its image, are told as such.
         return {"driver": "nbd", "node-name": f"{_MIRROR}{number}", "export": str(number), "discard": "unmap",
-                "server": {"type": "unix", "path": self._socket_path}}
+                "detect-zeroes": "unmap", "server": {"type": "unix", "path": self._socket_path}}
 
     def _job(self, number: int, shallow: bool) -> dict[str, Any]:
         return {"job-id": f"{_MIRROR}{number}", "device": self.disks[number].node, "target": f"{_MIRROR}{number}",
@@ -256,7 +256,7 @@ def _remove_mirrors(monitor: qmp.Monitor, prefix: str) -> None:
     deadline = time.monotonic() + _REMOVE_S
     for job in _jobs(monitor, prefix):
         with contextlib.suppress(QemuError):  # It ended just now.
-            monitor.command("block-job-cancel", device=job, force=True)
+            monitor.command("job-cancel", id=job)
     while _jobs(monitor, prefix) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
     for node in monitor.command("query-named-block-nodes", flat=True):
@@ -274,9 +274,9 @@ def _jobs(monitor: qmp.Monitor, prefix: str) -> list[str]:
 class StandbyDisks:
     """ports.ReplicaDisks in a QEMU that waits for its stream.
 
-    The disks are written through QEMU's own block nodes, those that the guest will use: when `settle` is over, the guest
-    sees what was written whatever QEMU or the host cache. Read-only disks are written in their files, which only the
-    guest could read, and it does not run.
+    The disks are written through QEMU's own block nodes, those that the guest will use: when `settle` is over, the
+    guest sees what was written, whatever QEMU or the host cache. Read-only disks are written in their files, which only
+    the guest could read, and it does not run.
     """
 
     def __init__(self, monitor: qmp.Monitor, disks: Sequence[Disk], socket_path: str) -> None:
@@ -311,11 +311,10 @@ class StandbyDisks:
 
     def submit(self, writes: Sequence[DiskWrite]) -> None:
         for write in writes:
-            client = self._clients.get(write.disk)
-            if client is not None:
-                client.submit(write)
-            else:
+            if self.disks[write.disk].read_only:
                 self._write_file(write)
+            else:
+                self._clients[write.disk].submit(write)
 
     def advance(self) -> None:
         for client in self._clients.values():

@@ -20,8 +20,6 @@ _UCRED = struct.Struct("3i")
 #: What is taken of one connection before the next one's turn, and the caller's.
 _SHARE_BYTES = 2 << 20
 _CHUNK = 1 << 16
-#: The kernel's IOV_MAX.
-_MOST_BUFFERS = 1024
 
 
 class _Peer:
@@ -237,7 +235,7 @@ class NbdClient:
             raise ProtocolError(f"it has {self._session.size} bytes in place of {self._disk.size}")
 
     def _take_answers(self) -> None:
-        while self._session.in_flight:
+        while True:
             try:
                 came = self._socket.recv(_CHUNK)
             except BlockingIOError:

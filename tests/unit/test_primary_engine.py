@@ -1,5 +1,6 @@
 """engine/primary.py: carries out what the loop decides, in its order, whatever QEMU, the peer and the agent do."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -516,6 +517,16 @@ def test_a_mirror_that_ends_holds_the_output_and_lets_the_guest_write(bench: Ben
     assert bench.qemu.sent.count("release") == released
     bench.control.grant(True)
     assert bench.engine.run() is Phase.ALONE
+
+
+def test_a_qemu_that_dies_closes_its_mirrors_first_and_is_still_told_as_dead(bench: Bench) -> None:
+    """Else the primary would ask to go on alone, with nobody there, and keep the backup from going on."""
+    running(bench)
+    bench.mirror.lose("QEMU closed disk 0")
+    threading.Timer(0.02, bench.pidfd.ring).start()
+    bench.turn(1)
+    assert bench.loop.phase is Phase.ENDED and bench.peer.kinds()[-1] == "GUEST_GONE"
+    assert "ask_degrade" not in bench.control.told
 
 
 def test_a_lost_backup_lets_the_guest_write_before_the_arbiter_answers(bench: Bench) -> None:
