@@ -298,7 +298,7 @@ class PrimaryEngine:
     def _lose_mirror(self, why: str) -> None:
         """The backup lives, but no epoch after this can be whole.
 
-        A QEMU that dies closes its mirrors first. That is the backup's hour: to ask to go on alone would lose the guest.
+        A QEMU that dies closes its mirrors first. That is the backup's hour: to ask to go on alone would lose it all.
         """
         self._unmirror()
         if select.select([self._pidfd], [], [], _LAST_BREATH_S)[0]:
