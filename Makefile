@@ -1,9 +1,10 @@
-# setup     prepares the machine: Debian packages, build/venv, the guests
-# lab       brings the lab up; ftvm-lab in build/venv/bin talks to it
-# demo      kills a protected server's host under traffic, RUNS times
-# survival  kills the hosts of a protected database in turn under load, KILLS times
-# test      lint, then all tests; takes the lab down before and after
-# clean     takes the lab down and removes what was built
+# setup       prepares the machine: Debian packages, build/venv, the guests
+# lab         brings the lab up; ftvm-lab in build/venv/bin talks to it
+# demo        kills a protected server's host under traffic, RUNS times
+# survival    kills the hosts of a protected database in turn under load, KILLS times
+# bench-disk  measures what the replication of disks costs, without an OpenStack; prints a table
+# test        lint, then all tests; takes the lab down before and after
+# clean       takes the lab down and removes what was built
 
 SHELL := /bin/bash
 BIN := $(CURDIR)/build/venv/bin
@@ -14,7 +15,7 @@ TEST_LAB_DIR ?= /var/tmp/ftvm-lab-test
 
 export PATH := $(BIN):$(PATH)
 
-.PHONY: setup lab demo survival test lint clean
+.PHONY: setup lab demo survival bench-disk test lint clean
 
 setup:
 	@lab/setup.sh
@@ -27,6 +28,9 @@ demo: setup
 
 survival: setup
 	@python -m ftvm_lab.survival --kills $(KILLS) --output build/survival.json
+
+bench-disk: setup
+	@python -m tests.host.bench_disk --output build/bench-disk.json
 
 lint: setup
 	ruff check .

@@ -176,6 +176,8 @@ def _write_uwsgi(layout: Layout, api: Api) -> None:
                 "die-on-term": "true",
                 "buffer-size": 65535,
                 "http-chunked-input": "true",
+                # Nova uploads a snapshot in chunks of just the default limit, their frame not counted.
+                "chunked-input-limit": 16 << 20,
                 "add-header": "Connection: close",
                 "start-time": "%t",
             }

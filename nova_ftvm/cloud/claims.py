@@ -3,21 +3,26 @@
 A claim is a small file in the server's folder below [DEFAULT]instances_path, written before anything else of a standby
 and taken away when Nova adopts the promoted guest. It outlives nova-compute, the domain and the host's power, and
 needs neither the database nor the manager: what bears a claim may be cleaned up with its backup, what bears none never.
-It names its host, so that a folder on shared storage is not taken for a standby's by the others.
+It names its host, so that a folder on shared storage is not taken for a standby's by the others. And it is only ever
+written into a folder that did not exist: where hosts share their instances_path, the primary's folder is that one.
 """
 
 import dataclasses
 import glob
 import json
 import os
+import shutil
 
 from oslo_log import log
 
 from nova_ftvm.cloud.settings import CONF
+from nova_ftvm.exception import Unsupported
 from nova_ftvm.types import InstanceId, PairId
 
 LOG = log.getLogger(__name__)
 _NAME = "ftvm-standby.json"
+#: In the name of a folder that is being removed.
+_GOING = "_ftvm_going_"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,9 +42,26 @@ def _path(instance_id: str) -> str:
 
 
 def stake(claim: Claim) -> None:
-    """Writes the claim, whole or not at all, into the folder of the server, which is made if need be."""
+    """Makes the server's folder, and writes the claim into it, whole or not at all. Raises Unsupported, and has changed
+    nothing, when there is such a folder already."""
     path = _path(claim.instance_id)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    folder = os.path.dirname(path)
+    os.makedirs(CONF.instances_path, exist_ok=True)
+    try:
+        # One atomic step, on shared storage too: who makes the folder may remove it, and nobody else.
+        os.mkdir(folder)
+    except FileExistsError:
+        raise Unsupported(
+            f"files of server {claim.instance_id} are there already: either instances_path is shared, and its servers "
+            "cannot be protected, or an evacuation left them, and a restart of nova-compute removes them") from None
+    try:
+        _write(path, claim)
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _write(path: str, claim: Claim) -> None:
     draft = path + ".new"
     with open(draft, "w", encoding="utf-8") as target:
         json.dump(dataclasses.asdict(claim), target)
@@ -58,15 +80,19 @@ def drop(instance_id: str) -> None:
 
 def of(instance_id: str, host: str) -> Claim | None:
     """The claim of this host on the server's files. A damaged claim is none: nothing is cleaned up by it."""
+    claim = _read(_path(instance_id))
+    return claim if claim is not None and claim.host == host and claim.instance_id == instance_id else None
+
+
+def _read(path: str) -> Claim | None:
     try:
-        with open(_path(instance_id), encoding="utf-8") as source:
-            claim = Claim(**json.load(source))
+        with open(path, encoding="utf-8") as source:
+            return Claim(**json.load(source))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
-        LOG.warning("The standby's claim on %s cannot be read, its files stay: %s", instance_id, error)
+        LOG.warning("The standby's claim %s cannot be read, the files beside it stay: %s", path, error)
         return None
-    return claim if claim.host == host and claim.instance_id == instance_id else None
 
 
 def held(host: str) -> dict[InstanceId, Claim]:
@@ -76,5 +102,37 @@ def held(host: str) -> dict[InstanceId, Claim]:
     return {claim.instance_id: claim for claim in found if claim is not None}
 
 
-def folder_exists(instance_id: str) -> bool:
-    return os.path.exists(os.path.dirname(_path(instance_id)))
+def remove_files(claim: Claim) -> None:
+    """Removes the folder with all that is in it, if it bears this very claim; otherwise nothing.
+
+    It is moved away and looked at once more there, where nobody else writes: between a look and the removal under its
+    own name it could have become the server's.
+    """
+    path = _path(claim.instance_id)
+    folder = os.path.dirname(path)
+    going = f"{folder}{_GOING}{os.urandom(4).hex()}"
+    if _read(path) != claim:
+        return
+    os.rename(folder, going)
+    if _read(os.path.join(going, _NAME)) != claim:
+        os.rename(going, folder)
+        return
+    _empty(going)
+
+
+def remove_leftovers(host: str) -> None:
+    """Ends removals of this host that were interrupted."""
+    for path in glob.glob(os.path.join(glob.escape(CONF.instances_path), f"*{_GOING}*", _NAME)):
+        claim = _read(path)
+        if claim is not None and claim.host == host:
+            _empty(os.path.dirname(path))
+
+
+def _empty(folder: str) -> None:
+    """The claim goes last: whoever is interrupted leaves what can be told to be nobody's."""
+    for entry in list(os.scandir(folder)):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        elif entry.name != _NAME:
+            os.unlink(entry.path)
+    shutil.rmtree(folder)

@@ -153,6 +153,7 @@ class FTVMLibvirtDriver(libvirt_driver.LibvirtDriver):
     pause = guarded("pause")
     suspend = guarded("suspend")
     rescue = guarded("rescue")
+    snapshot = guarded("snapshot")
     check_can_live_migrate_source = guarded("check_can_live_migrate_source")
     live_migration = guarded("live_migration")
     migrate_disk_and_power_off = guarded("migrate_disk_and_power_off")

@@ -1,8 +1,9 @@
 """What each of Nova's operations means for a protected server, and for a backup's.
 
 A protected guest that stops, moves or changes its devices must first be disarmed: else its backup takes the end for a
-failure, and the server runs twice. If the manager cannot confirm that, the operation is refused wherever it would leave
-or start a guest that another host may be running too; it goes on where the owner wants the guest gone.
+failure, and the server runs twice. So must one whose disks libvirt is to copy: QEMU takes one such job a disk, and ours
+is there. If the manager cannot confirm that, the operation is refused wherever it would leave or start a guest that
+another host may be running too, or break off half-way; it goes on where the owner wants the guest gone.
 
 Servers that never asked for protection, and that the manager never took up, pass without any call.
 """
@@ -39,8 +40,11 @@ class Planned:
 
 
 #: Method of the driver -> what it does to protection. destroy() and resume_state_on_host_boot() have rules of their own
-#: in the driver. Not here, as they neither end the guest nor touch its devices: unpause, resume and unrescue (the pair
-#: was disarmed on the way in), snapshot (a live one copies only; a cold one goes through suspend).
+#: in the driver. Not here:
+#:   unpause, resume, unrescue, finish_migration: the pair was disarmed on the way in;
+#:   swap_volume, extend_volume, volume_snapshot_create and _delete: only a server with volumes has them, and with the
+#:   first volume the pair was disarmed;
+#:   quiesce, unquiesce, get_diagnostics, block_stats: they ask and copy nothing.
 OPERATIONS: dict[str, Planned] = {
     # The owner wants it off. The manager sees STOPPED in Nova when it is back.
     "power_off": Planned("stopped", needs_word=False),
@@ -51,6 +55,9 @@ OPERATIONS: dict[str, Planned] = {
     "pause": Planned("paused", needs_word=True),
     "suspend": Planned("suspended", needs_word=True),
     "rescue": Planned("rescued", needs_word=True),
+    # libvirt mirrors the disk beside our own mirror, which QEMU refuses, and Nova then leaves a domain that its host
+    # forgets. The guest runs on, but Nova shows a task until the image is uploaded; the pair is made anew after that.
+    "snapshot": Planned("copied to an image", needs_word=True),
     # Refused here, while Nova can still call the migration off; said once more when it begins.
     "check_can_live_migrate_source": Planned("live-migrated", needs_word=True),
     "live_migration": Planned("live-migrated", needs_word=False),
@@ -98,6 +105,6 @@ def disarm(planned: Planned, instance: objects.Instance, host: str, partners: Pa
     except PartnerAway as error:
         why = str(error)
     if planned.needs_word and known:
-        raise Refused(f"the server would be {planned.reason}, but another host may hold a live backup of it: {why}. "
+        raise Refused(f"the server cannot be {planned.reason} before its protection has ended: {why}. "
                       "Nothing was changed; try again")
     LOG.warning("Going on although protection could not be ended: %s", why, instance=instance)

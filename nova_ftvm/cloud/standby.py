@@ -18,14 +18,12 @@ from nova import exception, objects
 from nova.compute import task_states
 from nova.network import model as network_model
 from nova.objects import migrate_data
-from nova.virt import driver as virt_driver
 from nova.virt import hardware
-from nova.virt.libvirt import blockinfo
 from nova.virt.libvirt import driver as libvirt_driver
 from nova.virt.libvirt import guest as libvirt_guest
 from oslo_log import log
 
-from nova_ftvm.cloud import claims
+from nova_ftvm.cloud import claims, files
 from nova_ftvm.cloud.claims import Claim
 from nova_ftvm.cloud.partners import PartnerAway, Partners
 from nova_ftvm.cloud.refusal import Refused
@@ -41,8 +39,6 @@ LOG = log.getLogger(__name__)
 _START_PAUSED = 1
 _METADATA_ELEMENT = 2
 _AFFECT_LIVE = 1
-
-_LOCAL_IMAGES = ("default", "raw", "flat", "qcow2")
 
 
 class Standbys:
@@ -98,7 +94,7 @@ class Standbys:
             raise Refused(f"the standby of server {claim.instance_id} stays until it is certain that it was not "
                           f"promoted: {error}") from error
         self._unplug(claim)
-        self._driver.delete_instance_files(objects.Instance(uuid=claim.instance_id))
+        claims.remove_files(claim)
         return True
 
     def promoted_here(self, instance: objects.Instance) -> bool:
@@ -129,6 +125,7 @@ class Standbys:
 
     def sweep(self, servers_here: Sequence[str]) -> None:
         """Removes what backups left that were deleted while nova-compute was away."""
+        claims.remove_leftovers(self._host())
         for claim in claims.held(self._host()).values():
             if claim.backup_id not in servers_here:
                 try:
@@ -157,7 +154,8 @@ class Standbys:
         claim = Claim(instance_id, backup.uuid, PairId(plan["pair_id"]), self._host(), vifs.json())
         claims.stake(claim)
         undo.callback(self._undo, claim)
-        self._create_files(context, primary, vifs)
+        files.make(self._driver, context, primary, vifs)
+        files.fit(primary, domain.disks(plan["domain_xml"]), plan["disks"])
         self._driver.plug_vifs(primary, vifs)
         xml = domain.standby(
             plan["domain_xml"], prepared["monitor"],
@@ -172,27 +170,12 @@ class Standbys:
 
     def _make_room(self, instance_id: InstanceId) -> None:
         """Files and domain of that server must not be here; only what an earlier standby left is taken away."""
-        if CONF.libvirt.images_type not in _LOCAL_IMAGES:
-            raise Unsupported(f"disks of [libvirt]images_type={CONF.libvirt.images_type} are not replicated")
+        files.refuse_shared_storage()
         claim = claims.of(instance_id, self._host())
         if claim is not None and not self.discard(claim):
             raise Unsupported(f"an earlier standby of server {instance_id} was promoted on this host")
         if self.guest(instance_id) is not None:
             raise Unsupported(f"a guest of server {instance_id} is on this host already")
-        if claims.folder_exists(instance_id):
-            raise Unsupported(f"files of server {instance_id} are on this host already: is instances_path shared?")
-
-    def _create_files(self, context: nova_context.RequestContext, primary: objects.Instance,
-                      vifs: network_model.NetworkInfo) -> None:
-        """Nova's own files of the server, in Nova's own places, so that it finds them after a promotion."""
-        mappings = objects.BlockDeviceMappingList.get_by_instance_uuid(primary._context, primary.uuid)
-        block_devices = virt_driver.get_block_device_info(primary, mappings)
-        disks = blockinfo.get_disk_info(CONF.libvirt.virt_type, primary, primary.image_meta, block_devices)
-        injection = libvirt_driver.InjectionInfo(network_info=vifs, files=[], admin_pass="")
-        self._driver._create_image(context, primary, disks["mapping"], injection_info=injection,
-                                   block_device_info=block_devices)
-        self._driver._ensure_console_log_for_instance(primary)
-        self._driver._create_configdrive(context, primary, injection)
 
     def _interface(self, primary: objects.Instance, vif: network_model.VIF) -> str:
         return self._driver.vif_driver.get_config(primary, vif, primary.image_meta, primary.flavor,

@@ -31,8 +31,8 @@ class Pair:
     step: str = ""
     #: detected_at, granted_at, running_at, nova_done_at of the last failover.
     timeline: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    #: Percent of the first copy.
-    progress: int = 0
+    #: Percent of the first copy, as finely as the engine tells it: a large disk moves slowly.
+    progress: float = 0.0
     #: Failures in a row, and when the next try is due.
     attempts: int = 0
     retry_at: float = 0.0

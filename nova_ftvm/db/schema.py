@@ -32,7 +32,7 @@ class PairRow(Base):
     step: Mapped[str] = mapped_column(sa.String(32))
     token: Mapped[str] = mapped_column(sa.String(64))
     timeline: Mapped[dict[str, Any]]
-    progress: Mapped[int]
+    progress: Mapped[float]
     attempts: Mapped[int]
     retry_at: Mapped[float]
     moved_at: Mapped[float]

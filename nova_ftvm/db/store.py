@@ -40,7 +40,7 @@ class PairChanges(TypedDict, total=False):
     active_since: Generation
     token: str
     timeline: Mapping[str, float]
-    progress: int
+    progress: float
     attempts: int
     retry_at: float
 

@@ -131,12 +131,12 @@ class Arbiter:
 
     def synced(self, pair_id: PairId, generation: int, host: str) -> Grant:
         return self._ask(pair_id, lambda pair: judge_sync(pair, generation, host),
-                         lambda _: {"step": NOTHING, "reason": "", "progress": 100, "attempts": 0},
+                         lambda _: {"step": NOTHING, "reason": "", "progress": 100.0, "attempts": 0},
                          "the backup holds a whole epoch")
 
     def placed(self, pair_id: PairId, generation: int, host: str) -> Grant:
         return self._ask(pair_id, lambda pair: judge_placed(pair, generation, host),
-                         lambda _: {"step": ENGINES, "reason": "", "progress": 0}, f"the standby is on {host}")
+                         lambda _: {"step": ENGINES, "reason": "", "progress": 0.0}, f"the standby is on {host}")
 
     def promoted(self, pair_id: PairId, generation: int, host: str, timeline: dict[str, float]) -> Grant:
         def alone(pair: Pair) -> PairChanges:
@@ -158,7 +158,7 @@ class Arbiter:
                      instance_id, pair.state)
             return pair
         event = PairEvent.ENABLE if pair.state is PairState.DISABLED else PairEvent.REPAIR
-        fresh: PairChanges = {"primary_host": host, "token": secrets.token_hex(32), "progress": 0, "reason": "",
+        fresh: PairChanges = {"primary_host": host, "token": secrets.token_hex(32), "progress": 0.0, "reason": "",
                               "step": NOTHING, "backup_id": None, "backup_host": None}
         if host != pair.active_host:
             fresh |= {"active_host": host, "active_since": Generation(pair.generation + 1)}

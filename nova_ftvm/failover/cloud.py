@@ -91,6 +91,9 @@ class Cloud(Protocol):
 
     def set_metadata(self, server_id: str, items: Mapping[str, str]) -> None: ...
 
+    def delete_metadata(self, server_id: str, key: str) -> None:
+        """A key that is not there is fine."""
+
     def reset_state(self, server_id: str) -> None:
         """vm_state active, task_state none; the guest is not touched."""
 

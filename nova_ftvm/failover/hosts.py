@@ -67,7 +67,8 @@ class Hosts:
         return stale
 
     def _progress(self, pair: Pair, said: str) -> None:
-        """How far the first copy is; written only when it moved, so that updated_at tells a copy that hangs."""
+        """How far the first copy is; written only when it moved, so that updated_at tells a copy that hangs. It may go
+        backwards: the guest goes on writing."""
         reached = percent(said)
         if reached == pair.progress:
             return
@@ -82,7 +83,7 @@ def _is_first_copy(pair: Pair, host: str, engine: Engine) -> bool:
             and engine.generation == pair.generation and engine.state.startswith("syncing"))
 
 
-def percent(said: str) -> int:
-    """'40', '40%', '40.5 %' or 'syncing 40 %' as a number of percent; 0 when there is none in it."""
+def percent(said: str) -> float:
+    """'40', '40%', '40.5 %' or 'syncing 40.25 %' as a number of percent; 0 when there is none in it."""
     found = re.search(r"\d+(\.\d+)?", said)
-    return min(100, int(float(found.group()))) if found else 0
+    return min(100.0, float(found.group())) if found else 0.0

@@ -9,7 +9,7 @@ import dataclasses
 import enum
 from collections.abc import Mapping
 
-from nova_ftvm.core.request import STATE_KEY, Request
+from nova_ftvm.core.request import ATTACHED_VOLUMES, STATE_KEY, Request
 from nova_ftvm.db.records import Host, Pair
 from nova_ftvm.failover import hosts as agents
 from nova_ftvm.failover.arbiter import CATCH_UP, CLEANUP, NOTHING
@@ -117,6 +117,9 @@ def _armed(view: View, pair: Pair, server: Server) -> Verdict:
     """A pair that is not DISABLED and has no failover under way."""
     if server.task_state is None and server.host is not None and server.host != pair.primary_host:
         return Verdict(Act.DISARM, f"the server moved from {pair.primary_host} to {server.host}")
+    if server.volumes:
+        # The driver disarms before it attaches one; this one came while the pair was being made.
+        return Verdict(Act.DISARM, ATTACHED_VOLUMES)
     if (server.task_state is None and server.vm_state != "active" and pair.state is not PairState.ERROR
             and view.older(server.updated_at, view.settings.agent_down_s)):
         return Verdict(Act.DISARM, f"the server is {server.vm_state}")

@@ -197,7 +197,7 @@ class Manager:
     def _show(self, pair: Pair) -> None:
         server = None if pair.state is PairState.PROMOTING else self._cloud.server(pair.instance_id)
         if server is not None:
-            shown.show(self._cloud, server, pair.state, shown.sentence(pair))
+            shown.show_pair(self._cloud, server, pair)
 
     def _put_off(self, pair: Pair, reason: str) -> float | None:
         """The backup cannot be made: the pair is given up, and reconcile tries again later. A backup that cannot be

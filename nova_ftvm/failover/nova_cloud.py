@@ -86,6 +86,9 @@ class NovaCloud:
     def set_metadata(self, server_id: str, items: Mapping[str, str]) -> None:
         self._call("compute", "POST", f"/servers/{server_id}/metadata", _READ, {"metadata": dict(items)})
 
+    def delete_metadata(self, server_id: str, key: str) -> None:
+        self._call("compute", "DELETE", f"/servers/{server_id}/metadata/{key}", _READ, missing=True)
+
     def reset_state(self, server_id: str) -> None:
         self._action(server_id, {"os-resetState": {"state": "active"}}, _READ)
 

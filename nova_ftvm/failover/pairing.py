@@ -59,7 +59,7 @@ class Pairing:
         if server is None:
             return pair
         # The driver takes ft:state for the sign that a backup may exist: shown BEFORE there is one.
-        shown.show(self._cloud, server, pair.state, shown.sentence(pair))
+        shown.show_pair(self._cloud, server, pair)
         if pair.backup_id is not None:
             return pair
         return self._store.change(pair, backup_id=self._existing(pair) or self._create(pair, server))
@@ -81,7 +81,8 @@ class Pairing:
         try:
             backup_id = self._cloud.create_backup(server, hosts, pair.generation)
         except CloudRefused as error:
-            raise PlaceLost(f"Nova refused the backup server: {error.message}") from error
+            raise PlaceLost("Nova refused the backup server, which is made from the server's own image and flavor: "
+                            f"{error.message}") from error
         LOG.info("Pair %s generation %d: backup server %s asked for on one of %s", pair.id, pair.generation,
                  backup_id, ", ".join(hosts))
         return backup_id
@@ -106,7 +107,7 @@ class Pairing:
         pair = self._store.change(pair, backup_host=host)
         return StandbyPlan(
             pair_id=pair.id, instance_id=pair.instance_id, generation=pair.generation,
-            primary_host=pair.primary_host, domain_xml=domain["domain_xml"],
+            primary_host=pair.primary_host, domain_xml=domain["domain_xml"], disks=domain.get("disks", {}),
             bindings=[{"port_id": port.id, "vif_type": binding.vif_type, "vif_details": dict(binding.vif_details),
                        "vnic_type": binding.vnic_type, "profile": dict(binding.profile)}
                       for port, binding in bindings])

@@ -10,9 +10,10 @@ from oslo_log import log
 from oslo_utils import uuidutils
 
 from nova_ftvm.core import request
+from nova_ftvm.core.domain import obstacle
 from nova_ftvm.db.records import Host, Pair
 from nova_ftvm.db.store import Store
-from nova_ftvm.exception import LostRace
+from nova_ftvm.exception import LostRace, Unsupported
 from nova_ftvm.failover import hosts as reports
 from nova_ftvm.failover import shown
 from nova_ftvm.failover.agents import AgentFailed, Agents, said
@@ -114,7 +115,7 @@ class Reconciler:
             case Act.REFUSE, _, Server():
                 self._refuse(server, pair, verdict.reason)
             case Act.SHOW, Pair(), Server():
-                shown.show(self._cloud, server, pair.state, shown.sentence(pair))
+                shown.show_pair(self._cloud, server, pair)
             case Act.FOLLOW, Pair(), _:
                 self._follow(pair.id)
             case (Act.DISARM | Act.GIVE_UP), Pair(), _:
@@ -138,10 +139,10 @@ class Reconciler:
         """What costs questions: the shape, then the domain; then the pair."""
         assert server.host is not None
         instance_id = InstanceId(server.id)
-        obstacle = self._obstacle(server) or self._unarmed(server.host, instance_id)
-        if obstacle:
+        why = self._obstacle(server) or self._unarmed(server.host, instance_id)
+        if why:
             if pair is None or pair.state is PairState.DISABLED:
-                self._refuse(server, pair, obstacle)
+                self._refuse(server, pair, why)
             return
         begun = self._arbiter.begin(pair, instance_id, server.project_id, server.host,
                                     PairId(uuidutils.generate_uuid()))
@@ -158,7 +159,13 @@ class Reconciler:
             domain = self._agents.describe_domain(host, instance_id)
         except AgentFailed as error:
             return f"the agent of {host} does not describe the server's domain: {said(error)}"
-        return "" if domain["armed"] else domain["reason"]
+        if not domain["armed"]:
+            return domain["reason"]
+        try:
+            # A disk may have come since it was armed.
+            return obstacle(domain["domain_xml"])
+        except Unsupported as error:
+            return str(error)
 
     # -- what belongs to no server
 

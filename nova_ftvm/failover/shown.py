@@ -1,15 +1,17 @@
-"""What the server's owner sees: ft:state and ft:reason. Written only when they change: each write is a notification."""
+"""What the server's owner sees: ft:state, ft:reason and, during a first copy, ft:progress.
+
+Written only when they change: each write is a notification.
+"""
 
 from nova_ftvm.core import request
 from nova_ftvm.db.records import Pair
 from nova_ftvm.failover.cloud import Cloud, Server
 from nova_ftvm.types import PairState
 
-PROTECTED = "protected; memory only: what is written to its disks is not replicated yet"
+PROTECTED = "protected: the backup holds the guest's memory, devices and disks"
+SYNCING = "the first copy of memory and disks is under way; ft:progress tells how much of it is done, in percent"
 #: Nova's limit for a value of metadata.
 _LIMIT = 255
-#: The first copy's progress is shown in such steps (percent).
-_PROGRESS_STEP = 25
 
 
 def sentence(pair: Pair) -> str:
@@ -17,12 +19,21 @@ def sentence(pair: Pair) -> str:
     if pair.state is PairState.PROTECTED:
         return PROTECTED
     if pair.state is PairState.SYNCING:
-        return f"first copy of the memory: {pair.progress // _PROGRESS_STEP * _PROGRESS_STEP}%"
+        return SYNCING
     return pair.reason or ("the backup is being made" if pair.state is PairState.PENDING else str(pair.state))
 
 
-def show(cloud: Cloud, server: Server, state: PairState, reason: str) -> None:
-    """Writes what differs from what the server shows; raises as Cloud does."""
+def show_pair(cloud: Cloud, server: Server, pair: Pair) -> None:
+    """What the pair says; raises as Cloud does."""
+    show(cloud, server, pair.state, sentence(pair), pair.progress if pair.state is PairState.SYNCING else None)
+
+
+def show(cloud: Cloud, server: Server, state: PairState, reason: str, progress: float | None = None) -> None:
+    """Writes what differs from what the server shows; raises as Cloud does. progress: percent; None takes it away."""
     wanted = {request.STATE_KEY: state.value, request.REASON_KEY: reason[:_LIMIT]}
+    if progress is not None:
+        wanted[request.PROGRESS_KEY] = str(int(progress))
+    elif request.PROGRESS_KEY in server.metadata:
+        cloud.delete_metadata(server.id, request.PROGRESS_KEY)
     if any(server.metadata.get(key) != value for key, value in wanted.items()):
         cloud.set_metadata(server.id, wanted)

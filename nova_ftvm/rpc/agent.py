@@ -17,7 +17,8 @@ class AgentApi(Protocol):
         "reason": why not}."""
 
     def describe_domain(self, instance_id: str) -> dict[str, Any]:
-        """Answer: {"domain_xml": live XML, migratable; "armed": bool, has it our monitor; "reason": why not}."""
+        """Answer: {"domain_xml": live XML, migratable; "armed": bool, has it our monitor; "reason": why not;
+        "disks": bytes of each disk in a file, as the guest sees them, by target}."""
 
     def start_backup(self, pair_id: str, generation: int, instance_id: str, token: str) -> dict[str, Any]:
         """Starts the backup's engine beside the paused standby. Answer: {"address": str, "port": int}."""

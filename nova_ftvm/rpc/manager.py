@@ -17,6 +17,8 @@ class StandbyPlan(TypedDict):
     primary_host: str
     #: The primary's live domain XML (VIR_DOMAIN_XML_MIGRATABLE).
     domain_xml: str
+    #: Bytes of the primary's disks, as the guest sees them, by target (vda).
+    disks: dict[str, int]
     #: Neutron's answer to the inactive binding on the backup's host, one a port:
     #: {"port_id", "vif_type", "vif_details", "vnic_type", "profile"}.
     bindings: list[dict[str, Any]]

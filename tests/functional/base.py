@@ -1,6 +1,7 @@
 """A small cloud of two or three compute hosts in this process. The only importer of nova.tests besides libvirt_fake."""
 
 import os
+import pathlib
 import sys
 import time
 
@@ -10,7 +11,6 @@ from nova import context as nova_context
 from nova import objects
 from nova.tests.functional.api import client as api_client
 from nova.tests.functional.libvirt import base
-from nova.virt.libvirt import imagebackend
 from oslo_utils.fixture import uuidsentinel
 
 from nova_ftvm.cloud import claims, driver, settings
@@ -23,6 +23,15 @@ assert settings.CONF is CONF
 
 # What nova-ftvm-compute does; the shim's own installation has a test of its own.
 sys.modules["nova.virt.ftvm"] = driver
+
+
+def make_images(driver, context, instance, mapping, *args, **kwargs):
+    """Nova's, with files that are empty. Those of primaries are on hosts of their own and not seen here."""
+    if claims.of(instance.uuid, driver.ft_host):
+        for name in mapping:
+            if name.startswith("disk"):
+                pathlib.Path(CONF.instances_path, instance.uuid, name).touch()
+    return False, False
 
 
 class CloudTestCase(base.ServersTestBase):
@@ -39,6 +48,7 @@ class CloudTestCase(base.ServersTestBase):
         self.useFixture(fixtures.MonkeyPatch("nova.tests.fixtures.libvirt.Connection.defineXML", libvirt_fake.define))
         self.useFixture(fixtures.MonkeyPatch("nova.tests.fixtures.libvirt.Connection.createXML", libvirt_fake.create))
         super().setUp()
+        self.useFixture(fixtures.MonkeyPatch("nova.virt.libvirt.LibvirtDriver._create_image", make_images))
         self.ftvm = self.useFixture(services.FtvmServices(CONF))
         self.ftvm.start_manager()
         for host in self.HOSTS:
@@ -78,29 +88,19 @@ class CloudTestCase(base.ServersTestBase):
 
     # What a test says
 
-    def without_disks(self):
-        """From now on no disk of any server exists before it is made."""
-        found = imagebackend.Backend.by_name
-
-        def missing(*args, **kwargs):
-            disk = found(*args, **kwargs)
-            disk.exists.return_value = False
-            return disk
-
-        self.useFixture(fixtures.MonkeyPatch("nova.virt.libvirt.imagebackend.Backend.by_name", missing))
-
     def libvirt_of(self, host):
         return self.computes[host].driver._host.get_connection()
 
     def domain_on(self, host, server_id):
         return next((found for found in self.libvirt_of(host)._vms.values() if found.UUIDString() == server_id), None)
 
-    def boot(self, host=None, api=None, hints=None, expected="ACTIVE", networks="auto", config_drive=False,
-             **metadata):
+    def boot(self, host=None, api=None, hints=None, expected="ACTIVE", networks="auto", image=None, flavor=None,
+             more=None, **metadata):
+        """more: further members of the request."""
         api = api or self.api
-        body = self._build_server(networks=networks, host=host)
+        body = self._build_server(networks=networks, host=host, image_uuid=image, flavor_id=flavor)
         body["metadata"] = metadata
-        body["config_drive"] = config_drive
+        body.update(more or {})
         request = {"server": body}
         if hints:
             request["os:scheduler_hints"] = hints
@@ -110,13 +110,14 @@ class CloudTestCase(base.ServersTestBase):
     def host_of(self, server):
         return self.admin_api.get_server(server["id"])["OS-EXT-SRV-ATTR:host"]
 
-    def back_up(self, server, expected="ACTIVE", hosts=None):
-        """Makes the backup server as the manager does. Returns it."""
+    def back_up(self, server, expected="ACTIVE", hosts=None, disks=None, image=None):
+        """Makes the backup server as the manager does. Returns it. disks: sizes of the primary's, by target."""
         primary_host = self.host_of(server)
         others = hosts or [host for host in self.HOSTS if host != primary_host]
         plans = self.ftvm.manager.plans
         plan = {"pair_id": uuidsentinel.pair, "instance_id": server["id"], "generation": 1,
                 "primary_host": primary_host, "domain_xml": self.domain_on(primary_host, server["id"]).XMLDesc(0),
+                "disks": disks or {},
                 "bindings": [self._bind(port, others[0]) for port in self._ports(server)]}
 
         class AnyBackup(dict):
@@ -125,7 +126,7 @@ class CloudTestCase(base.ServersTestBase):
 
         self.ftvm.manager.plans = AnyBackup()
         try:
-            return self.boot(api=self.service_api, networks="none", expected=expected,
+            return self.boot(api=self.service_api, networks="none", expected=expected, image=image,
                              hints={"ftvm:primary": server["id"], "ftvm:hosts": others},
                              **{"ftvm:primary": server["id"]})
         finally:

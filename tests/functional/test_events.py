@@ -1,10 +1,14 @@
 """cloud/events.py and cloud/claims.py: small rules on which much hangs."""
 
+import dataclasses
+import threading
+
 import pytest
 from nova.virt import event as virt_event
 
 from nova_ftvm.cloud import claims, events
 from nova_ftvm.cloud.settings import CONF
+from nova_ftvm.exception import Unsupported
 from nova_ftvm.types import InstanceId, PairId
 
 ALL = (virt_event.EVENT_LIFECYCLE_STARTED, virt_event.EVENT_LIFECYCLE_STOPPED, virt_event.EVENT_LIFECYCLE_PAUSED,
@@ -98,3 +102,98 @@ def test_a_dropped_claim_leaves_the_files(folder):
     claims.drop("u1")
     assert claims.held("here") == {}
     assert (folder / "u1" / "disk").exists()
+
+
+def test_a_folder_that_is_there_is_not_claimed_and_not_changed(folder):
+    (folder / "u1").mkdir()
+    (folder / "u1" / "disk").write_text("the primary's")
+    with pytest.raises(Unsupported, match="there already"):
+        claims.stake(claim())
+    assert [path.name for path in (folder / "u1").iterdir()] == ["disk"]
+    claims.remove_files(claim())
+    assert (folder / "u1" / "disk").read_text() == "the primary's"
+
+
+def test_of_many_hosts_on_shared_storage_one_gets_the_folder(folder):
+    won = []
+
+    def stake(host):
+        try:
+            claims.stake(claim(host=host))
+            won.append(host)
+        except Unsupported:
+            pass
+
+    threads = [threading.Thread(target=stake, args=(f"host{number}",)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(won) == 1 and claims.of("u1", won[0]) == claim(host=won[0])
+
+
+def test_a_claim_that_cannot_be_written_leaves_no_folder(folder, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(claims.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        claims.stake(claim())
+    assert list(folder.iterdir()) == []
+
+
+def test_files_go_with_their_claim_and_nothing_else_does(folder):
+    for uuid in ("u1", "u2"):
+        claims.stake(claim(uuid))
+        (folder / uuid / "disk").touch()
+    claims.remove_files(claim("u1"))
+    claims.remove_files(claim("u1"))
+    assert [path.name for path in folder.iterdir()] == ["u2"]
+
+
+@pytest.mark.parametrize("other", [
+    claim(host="elsewhere"), dataclasses.replace(claim(), backup_id="another"), None])
+def test_files_of_another_claim_or_of_none_stay(folder, other, monkeypatch):
+    claims.stake(claim())
+    (folder / "u1" / "disk").touch()
+    claims.drop("u1")
+    if other is not None:
+        claims._write(claims._path("u1"), other)
+    moves = []
+    monkeypatch.setattr(claims.os, "rename", lambda *names: moves.append(names))
+    claims.remove_files(claim())
+    assert moves == []
+    assert (folder / "u1" / "disk").exists() and [path.name for path in folder.iterdir()] == ["u1"]
+
+
+def test_files_that_become_the_servers_at_the_last_moment_are_put_back(folder, monkeypatch):
+    claims.stake(claim())
+    (folder / "u1" / "disk").touch()
+    rename = claims.os.rename
+
+    def adopted_first(source, target):
+        (folder / "u1" / "ftvm-standby.json").unlink(missing_ok=True)
+        rename(source, target)
+
+    monkeypatch.setattr(claims.os, "rename", adopted_first)
+    claims.remove_files(claim())
+    assert (folder / "u1" / "disk").exists() and [path.name for path in folder.iterdir()] == ["u1"]
+
+
+def test_an_interrupted_removal_is_ended_later(folder, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(_):
+        raise Killed
+
+    claims.stake(claim())
+    (folder / "u1" / "disk").touch()
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(claims.os, "unlink", killed)
+        claims.remove_files(claim())
+    assert claims.of("u1", "here") is None and list(folder.glob("*/disk"))
+    claims.remove_leftovers("elsewhere")
+    assert list(folder.glob("*/disk"))
+    claims.remove_leftovers("here")
+    assert list(folder.iterdir()) == []

@@ -1,12 +1,13 @@
 """A server's life with the driver: protected, failed over, ended."""
 
-import os
-
 import fixtures
 from nova import context as nova_context
+from nova.tests import fixtures as nova_fixtures
 
 from nova_ftvm.core import domain
 from tests.functional import base
+
+IMAGE = nova_fixtures.GlanceFixture.image1["id"]
 
 
 class ProtectedServerTest(base.CloudTestCase):
@@ -26,6 +27,28 @@ class ProtectedServerTest(base.CloudTestCase):
         server = self.boot(ft="maybe")
         xml = self.domain_on(self.host_of(server), server["id"]).XMLDesc(0)
         self.assertIsNone(domain.monitor_path(xml))
+
+    def test_a_server_with_volumes_boots_ordinary(self):
+        volume = {"source_type": "volume", "destination_type": "volume"}
+        root = {"source_type": "image", "destination_type": "local", "uuid": IMAGE, "boot_index": 0}
+        for image, devices in (
+                ("", [{**volume, "uuid": self.cinder.IMAGE_BACKED_VOL, "boot_index": 0}]),
+                (IMAGE, [root, {**volume, "uuid": self.cinder.SWAP_OLD_VOL, "boot_index": -1}])):
+            server = self.boot(ft="true", image=image, more={"block_device_mapping_v2": devices})
+            xml = self.domain_on(self.host_of(server), server["id"]).XMLDesc(0)
+            self.assertIsNone(domain.monitor_path(xml))
+
+    def test_a_server_whose_disks_are_no_files_boots_ordinary(self):
+        def on_the_network(backend, *args, **kwargs):
+            disk = libvirt_info(backend, *args, **kwargs)
+            disk.source_type, disk.source_protocol, disk.source_name = "network", "rbd", "pool/disk"
+            return disk
+
+        libvirt_info = nova_fixtures.LibvirtImageBackendFixture._fake_libvirt_info
+        self.useFixture(fixtures.MonkeyPatch(
+            "nova.tests.fixtures.LibvirtImageBackendFixture._fake_libvirt_info", on_the_network))
+        server = self.boot(ft="true")
+        self.assertIsNone(domain.monitor_path(self.domain_on(self.host_of(server), server["id"]).XMLDesc(0)))
 
     def test_a_server_boots_ordinary_when_no_agent_answers(self):
         for host in self.HOSTS:
@@ -50,16 +73,6 @@ class ProtectedServerTest(base.CloudTestCase):
         self.assertFalse(standby.isPersistent())
         self.assertIsNone(self.domain_on(target, backup["id"]))
         self.assertEqual([(mark.pair_id, 1, target, "")], self.ftvm.manager.ready)
-
-    def test_a_config_drive_is_made_on_both_hosts(self):
-        made = []
-        self.without_disks()
-        self.useFixture(fixtures.MonkeyPatch("nova.virt.configdrive.ConfigDriveBuilder.make_drive",
-                                             lambda builder, path: made.append(path)))
-        server = self.boot(ft="true", config_drive=True)
-        self.back_up(server)
-        self.assertEqual(2, len(made))
-        self.assertTrue(all(path.endswith(os.path.join(server["id"], "disk.config")) for path in made), made)
 
     def test_evacuation_adopts_the_promoted_guest(self):
         server = self.boot(ft="true")
@@ -278,6 +291,14 @@ class BackupServerTest(base.CloudTestCase):
 
 
 class PlannedEndTest(base.CloudTestCase):
+    def setUp(self):
+        super().setUp()
+        #: What had been disarmed when libvirt was asked to copy a disk, for each time.
+        self.snapshots = []
+        self.useFixture(fixtures.MonkeyPatch(
+            "nova.virt.libvirt.LibvirtDriver._live_snapshot",
+            lambda *args: self.snapshots.append([server for server, _ in self.ftvm.manager.disarmed])))
+
     def protected(self):
         """A server that the manager has taken up."""
         server = self.boot(ft="true")
@@ -332,6 +353,44 @@ class PlannedEndTest(base.CloudTestCase):
         self.domain_on(host, server["id"]).suspend()
         self.computes[host].manager._sync_power_states(nova_context.get_admin_context())
         self._wait_for_server_parameter(server, {"status": "ACTIVE", "OS-EXT-STS:power_state": 1})
+
+    def test_a_snapshot_disarms_first_and_leaves_the_guest_running(self):
+        server = self.protected()
+        guest = self.domain_on(self.host_of(server), server["id"])
+        after = self.act(server, {"createImage": {"name": "copy"}})
+        self.assertEqual([(server["id"], "the server is copied to an image")], self.ftvm.manager.disarmed)
+        self.assertEqual(("ACTIVE", 1), (after["status"], after["OS-EXT-STS:power_state"]))
+        self.assertIs(guest, self.domain_on(self.host_of(server), server["id"]))
+        self.assertEqual([[server["id"]]], self.snapshots)
+
+    def test_a_snapshot_waits_for_the_manager_and_leaves_no_image(self):
+        server = self.protected()
+        guest = self.domain_on(self.host_of(server), server["id"])
+        self.ftvm.stop("manager")
+        after = self.act(server, {"createImage": {"name": "copy"}})
+        self.assertEqual(("ACTIVE", 1), (after["status"], after["OS-EXT-STS:power_state"]))
+        self.assertTrue(guest.isPersistent())
+        self.assertEqual([], self.snapshots)
+        self.assertNotIn("copy", [image["name"] for image in self.glance.images.values()])
+
+    def test_a_volume_disarms_when_it_is_attached_and_when_it_is_detached(self):
+        server = self.protected()
+        volume = self.cinder.IMAGE_BACKED_VOL
+        self.api.post_server_volume(server["id"], {"volumeAttachment": {"volumeId": volume}})
+        self._wait_for_volume_attach(server["id"], volume)
+        self.api.delete_server_volume(server["id"], volume)
+        self._wait_for_volume_detach(server["id"], volume)
+        self.assertEqual([(server["id"], f"the server is {what} a volume") for what in ("given", "rid of")],
+                         self.ftvm.manager.disarmed)
+
+    def test_a_volume_is_not_attached_behind_an_armed_pair(self):
+        server = self.protected()
+        guest = self.domain_on(self.host_of(server), server["id"])
+        self.ftvm.stop("manager")
+        self.api.post_server_volume(server["id"], {"volumeAttachment": {"volumeId": self.cinder.IMAGE_BACKED_VOL}})
+        self._wait_for_volume_detach(server["id"], self.cinder.IMAGE_BACKED_VOL)
+        self.assertEqual([], guest.attached)
+        self.assertEqual("ACTIVE", self.api.get_server(server["id"])["status"])
 
     def test_an_interface_is_not_attached_behind_an_armed_pair(self):
         server = self.protected()

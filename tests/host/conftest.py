@@ -1,17 +1,19 @@
 """Fixtures of the tests on a real kernel and a real QEMU. What needs a guest is skipped only without its door."""
 
 import itertools
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.host import machine
+from tests.host.images import Image, arguments
 from tests.host.machine import Network, Qemu
 
-#: A guest's workloads on the kernel's command line; see guest/work.c.
-IDLE, CHURN, DISK, DATAGRAMS = "idle", "churn", "disk", "datagrams"
+#: A guest's workloads on the kernel's command line; see guest/*.c.
+IDLE, CHURN, DATAGRAMS = "idle", "churn", "datagrams"
 
 
 @pytest.fixture(scope="session")
@@ -22,9 +24,20 @@ def needs_guests() -> None:
 
 @pytest.fixture(scope="session")
 def ramdisk(needs_guests: None) -> Path:
-    work = machine.ROOT / "build" / "test-guest"
-    work.mkdir(parents=True, exist_ok=True)
-    return machine.ramdisk(work)
+    return machine.ramdisk(machine.guest_folder())
+
+
+@pytest.fixture
+def image_folder(needs_guests: None) -> Iterator[Path]:
+    """On a disk: a file system in memory takes O_DIRECT, but does nothing of the kind."""
+    with tempfile.TemporaryDirectory(prefix="images-", dir=machine.guest_folder()) as name:
+        yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def module_images(needs_guests: None) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="images-", dir=machine.guest_folder()) as name:
+        yield Path(name)
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +55,7 @@ def launcher(stack: ExitStack, folder: Path, ramdisk: Path, network: Network) ->
     numbers = itertools.count(1)
 
     def launch(side: str = "p", *, work: str = IDLE, machine_type: str = "pc", vcpus: int = 1,
-               extra: tuple[str, ...] = (), standby: bool = False) -> Qemu:
+               extra: Sequence[str] = (), standby: bool = False) -> Qemu:
         own = folder / f"{side}{next(numbers)}"
         own.mkdir()
         qemu = Qemu(own, [
@@ -68,3 +81,15 @@ def launch(tmp_path: Path, ramdisk: Path, network: Network) -> Iterator[Launch]:
 def module_launch(tmp_path_factory: pytest.TempPathFactory, ramdisk: Path, network: Network) -> Iterator[Launch]:
     with ExitStack() as stack:
         yield launcher(stack, tmp_path_factory.mktemp("guests"), ramdisk, network)
+
+
+def keeps_ledgers(launch: Launch, side: str, disks: Sequence[Image], names: Sequence[str], *, work: str = CHURN,
+                  standby: bool = False) -> Qemu:
+    """A guest with these disks, and a ledger of each of the named ones (vda, sdb), begun."""
+    ledgers = [f"ledger:{name}" for name in names]
+    qemu = launch(side, work=",".join([work, *ledgers]), vcpus=2, extra=arguments(disks), standby=standby)
+    if not standby:
+        qemu.await_boot()
+        for name in names:
+            qemu.await_log(f"ledger {name} begins")
+    return qemu

@@ -1,14 +1,17 @@
-"""Both engines in this process, on two real QEMUs, with a look at both sides' whole RAM at chosen checkpoints.
+"""Both engines in this process, on two real QEMUs, with a look at both sides' whole RAM and disks at some checkpoints.
 
-When it is right to look. The replica of epoch N must be what the primary's RAM was when epoch N's device state was
-complete. So the gate is kept narrow at such a checkpoint and drained a page at a time; when all but the end of the
-state is read, the primary is looked at. The guest stands still then: its processors since the STOP event, its disks
-since QEMU drained them, QEMU's main thread because it is in the write to the gate. What the drain of the disks, or the
-saving of a device, wrote after our last scan would show as a difference. The standby is looked at when the primary
-may release epoch N: N is applied then, and N+1 cannot begin before the look is over, as it is the same thread.
+When it is right to look. The replica of epoch N must be what the primary's RAM and disks were when epoch N's device
+state was complete. So the gate is kept narrow at such a checkpoint and drained a page at a time; when all but the end
+of the state is read, the primary is looked at. The guest stands still then: its processors since the STOP event, its
+disks since QEMU drained and flushed them, QEMU's main thread because it is in the write to the gate. What the drain of
+the disks, or the saving of a device, wrote after our last scan would show as a difference. The standby is looked at
+when the primary may release epoch N: N is applied then but for disk writes that still wait, which are waited for, and
+N+1 cannot begin before the look is over, as it is the same thread.
 """
 
+import itertools
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,14 +30,26 @@ from nova_ftvm.engine.capture import Conversation
 from nova_ftvm.engine.primary import PrimaryEngine
 from nova_ftvm.engine.stats import EpochLog
 from nova_ftvm.host import qmp
+from nova_ftvm.host.disks import (
+    AttendedMonitor,
+    DiskMirror,
+    StandbyDisks,
+    ended_mirror,
+    guest_disks,
+    read_only_contents,
+    replicas,
+)
 from nova_ftvm.host.gate import Gate
 from nova_ftvm.host.memory import GuestMemory, TrackedMemory, ram_blocks
 from nova_ftvm.host.netbuf import OutputBuffers, interfaces
-from nova_ftvm.types import PAGE, Generation
-from tests.host.machine import Qemu, read_all
+from nova_ftvm.types import PAGE, Disk, Generation
+from tests.host.images import SECTOR
+from tests.host.machine import Qemu, read_all, wait_for
 
 TOKEN = "token"
 LIMIT = 4 << 20
+LOG_LIMIT = 16 << 20
+MAX_REQUEST = 1 << 20
 GENERATION = Generation(1)
 
 
@@ -68,7 +83,7 @@ class Orders:
 class NoWatchdog:
     """A look takes longer than any hold should."""
 
-    def arm(self) -> None: ...
+    def arm(self, slack_s: float = 0.0) -> None: ...
 
     def disarm(self) -> None: ...
 
@@ -79,30 +94,29 @@ class NoDomain:
 
 
 class CountingMemory(TrackedMemory):
-    """The primary's memory; knows how many pages the captures after the drain of the disks brought."""
+    """The primary's memory; knows how many pages were written between looks and captures, while disks came to rest."""
 
-    second = False
     late_pages = 0
+    _looked = False
 
-    def begin_capture(self) -> None:
-        self.second = False
-        super().begin_capture()
+    def look(self) -> None:
+        super().look()
+        self._looked = True
 
-    def capture(self) -> Iterator[dirty.Pages]:
-        captured = list(super().capture())
-        if self.second:
-            self.late_pages += sum(pages.count for pages in captured)
-        self.second = True
-        return iter(captured)
+    def take_written(self) -> list[tuple[int, np.ndarray]]:
+        written = super().take_written()
+        if self._looked:
+            self.late_pages += sum(dirty.count(runs) for _, runs in written)
+        self._looked = False
+        return written
 
 
 class LosesAPage(CountingMemory):
-    """Mutation: the last page of each checkpoint's first capture is lost."""
+    """Mutation: the last page of each checkpoint is lost."""
 
     def capture(self) -> Iterator[dirty.Pages]:
-        first = not self.second
         captured = list(super().capture())
-        if first and captured:
+        if captured:
             last = captured[-1]
             runs = dirty.compress(dirty.expand(last.runs)[:-1])
             captured[-1] = dirty.Pages(last.block, runs, last.contents[:-PAGE])
@@ -110,10 +124,29 @@ class LosesAPage(CountingMemory):
 
 
 class LooksOnce(CountingMemory):
-    """Mutation: no second scan, so what QEMU's disks complete after the STOP event comes an epoch late."""
+    """Mutation: no second scan, so what is written after the STOP event comes an epoch late."""
+
+    def take_written(self) -> list[tuple[int, np.ndarray]]:
+        return [] if self._looked else super().take_written()
 
     def capture(self) -> Iterator[dirty.Pages]:
-        return super().capture() if not self.second else iter(())
+        captured = list(super().capture())
+        self._looked = False
+        return iter(captured)
+
+
+class CopiesAtTheStop(CountingMemory):
+    """Mutation: a page is copied where it is found written, while a disk may still transfer to it."""
+
+    _early: list[dirty.Pages]
+
+    def look(self) -> None:
+        super().look()
+        self._early = list(super().capture())
+        super().look()
+
+    def capture(self) -> Iterator[dirty.Pages]:
+        return itertools.chain(self._early, super().capture())
 
 
 class HeldGate(Gate):
@@ -163,18 +196,27 @@ class ComparingConversation(Conversation):
 
 
 class Comparison:
-    """The two engines. `run` gives what differed: (block, page numbers) a look."""
+    """The two engines. `run` gives what differed at a look: (RAM block, page numbers) or (disk, sector numbers).
+
+    memory, mirror, replica, engine: kinds of what the engines work with, for mutations.
+    """
 
     def __init__(self, primary: Qemu, standby: Qemu, folder: Path, memory: type[CountingMemory] = CountingMemory, *,
-                 looks: int = 5, every: int = 6) -> None:
+                 mirror: type[DiskMirror] = DiskMirror, replica: type[StandbyDisks] = StandbyDisks,
+                 engine: type[PrimaryEngine] = PrimaryEngine, looks: int = 5, every: int = 6) -> None:
         self._primary = primary
         self._standby = standby
         self._folder = folder
         self._memory_type = memory
+        self._mirror_type = mirror
+        self._replica_type = replica
+        self._engine_type = engine
         self._every = every
         self._looks = looks
         self._seen: dict[str, np.ndarray] | None = None
+        self._seen_disks: list[np.ndarray] = []
         self._blocks: list[Any] = []
+        self._disks: list[Disk] = []
         self.compared = 0
         self.differences: list[tuple[str, list[int]]] = []
         self.late_pages = 0
@@ -187,14 +229,17 @@ class Comparison:
         with self._standby.monitor() as theirs, self._primary.monitor() as ours:
             listener = links.listen("127.0.0.1")
             self._backup_blocks = ram_blocks(theirs)
+            self._backup_disks = replicas(theirs)
             memory = GuestMemory(theirs.pid, self._backup_blocks)
             memory.clear()
+            self._replica = self._replica_type(theirs, self._backup_disks, self._export_path)
             backup = BackupEngine(
                 generation=GENERATION, token=TOKEN, memory=memory, monitor=theirs, domain=NoDomain(),
-                expected=wire.Hello("pair", machine_type(theirs), tuple(self._backup_blocks), ""), listener=listener,
-                control=self._backup_orders, pidfd=qmp.pidfd_of(theirs), beat_s=0.5,
-                lease=Lease(GENERATION, 60.0, time.monotonic()), frame_limit=LIMIT,
-                stream_path=str(self._folder / "incoming.sock"))
+                expected=wire.Hello("pair", machine_type(theirs), tuple(self._backup_blocks),
+                                    disks=tuple(self._backup_disks)),
+                listener=listener, disks=self._replica, backlog_limit=LOG_LIMIT, control=self._backup_orders,
+                pidfd=qmp.pidfd_of(theirs), beat_s=0.5, lease=Lease(GENERATION, 60.0, time.monotonic()),
+                frame_limit=LIMIT, stream_path=str(self._folder / "incoming.sock"))
 
             def serve() -> None:
                 self.promoted = backup.run()
@@ -211,31 +256,41 @@ class Comparison:
         assert not thread.is_alive(), "the backup's engine did not end"
         return self.differences
 
-    def _run_primary(self, monitor: qmp.Monitor, port: int) -> None:
-        self._blocks = ram_blocks(monitor)
-        hello = wire.Hello("pair", machine_type(monitor), tuple(self._blocks), "")
-        link = links.dial("127.0.0.1", port, GENERATION, hello, TOKEN, LIMIT)
+    @property
+    def _export_path(self) -> str:
+        return str(self._folder / "replica.sock")
+
+    def _run_primary(self, monitor: AttendedMonitor, port: int) -> None:
+        self._blocks, self._disks = ram_blocks(monitor), guest_disks(monitor)
+        hello = wire.Hello("pair", machine_type(monitor), tuple(self._blocks), disks=tuple(self._disks))
+        link, self.shallow = links.dial("127.0.0.1", port, GENERATION, hello, TOKEN, LIMIT)
         pidfd = qmp.pidfd_of(monitor)
         memory = self._memory_type(monitor.pid, pidfd, self._blocks)
+        mirror = self._mirror_type(monitor, self._disks, str(self._folder / "disks.sock"), (0, 0), 0, MAX_REQUEST)
         gate = HeldGate(str(self._folder / "state.fifo"), self._every, self._look)
         buffers = OutputBuffers(monitor, interfaces(monitor))
         save = qmp.encode("xen-save-devices-state", {"filename": gate.path, "live": False}, "save")
-        talk = ComparingConversation(monitor, gate, buffers, save)
+        talk = ComparingConversation(monitor, gate, buffers, save, ended_mirror)
         talk.compare = self._compare
         try:
-            self.phase = PrimaryEngine(
+            self.phase = self._engine_type(
                 generation=GENERATION, memory=memory, talk=talk, monitor=monitor, gate=gate, buffers=buffers, link=link,
+                mirror=mirror, fixed=read_only_contents(self._disks), shallow=self.shallow, log_limit=LOG_LIMIT,
                 loop=EpochLoop(Pace(0.02, 20.0, 0.5, 4, 2048), time.monotonic()), control=self._orders, pidfd=pidfd,
                 watchdog=NoWatchdog(), stats=EpochLog(str(self._folder / "epochs.jsonl")), frame_limit=LIMIT).run()
         finally:
             gate.close()
             memory.close()
+            mirror.close()
+            mirror.remove()
             link.close()
             os.close(pidfd)
         self.late_pages = memory.late_pages
 
     def _look(self) -> None:
         self._seen = read_all(self._primary.pid, self._blocks)
+        # A host's cache may hold what is on no disk yet; QEMU's own caches are flushed at a stop.
+        self._seen_disks = [self._contents(disk.path) for disk in self._disks]
 
     def _compare(self) -> None:
         if self._seen is None:
@@ -243,10 +298,25 @@ class Comparison:
         replica = read_all(self._standby.pid, self._backup_blocks)
         assert replica.keys() == self._seen.keys()
         for name, contents in self._seen.items():
-            pages = np.flatnonzero((contents.reshape(-1, PAGE) != replica[name].reshape(-1, PAGE)).any(axis=1))
-            if len(pages):
-                self.differences.append((name, pages.tolist()))
+            self._tell_difference(name, contents, replica[name], PAGE)
+        wait_for("the replica has written all", lambda: not self._replica.backlog)
+        for number, (disk, contents) in enumerate(zip(self._backup_disks, self._seen_disks, strict=True)):
+            source = disk.path if disk.read_only else f"nbd+unix:///{number}?socket={self._export_path}"
+            self._tell_difference(disk.device, contents, self._contents(source), SECTOR)
         self._seen = None
         self.compared += 1
         if self.compared >= self._looks or self.differences:
             self._orders.give("stop", reason="enough seen")
+
+    def _tell_difference(self, name: str, ours: np.ndarray, theirs: np.ndarray, unit: int) -> None:
+        assert ours.shape == theirs.shape, name
+        differing = np.flatnonzero((ours.reshape(-1, unit) != theirs.reshape(-1, unit)).any(axis=1))
+        if len(differing):
+            self.differences.append((name, differing.tolist()))
+
+    def _contents(self, source: str) -> np.ndarray:
+        """What a guest would read of an image, or of an export."""
+        raw = self._folder / "look"
+        subprocess.run(["qemu-img", "convert", "-U", "-T", "none" if source.startswith("/") else "writeback",
+                        "-O", "raw", source, raw], check=True)
+        return np.fromfile(raw, np.uint8)

@@ -1,6 +1,6 @@
 """What the tests of host/ stand on: a guest, a network of their own, QEMUs, and engines as processes.
 
-The guest is the lab's (kernel, ramdisk), with a second ramdisk behind it that replaces `/etc/start` and adds `work`.
+The guest is the lab's (kernel, ramdisk), with a second ramdisk behind it: its own `/etc/start`, and the workloads.
 All that is made here belongs to a context manager: it goes away with the test, also with a failed one.
 """
 
@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,15 +28,18 @@ import numpy as np
 from nova_ftvm.conf import engine as engine_conf
 from nova_ftvm.core import dirty
 from nova_ftvm.host import procmem, qmp
+from nova_ftvm.host.disks import AttendedMonitor
 from nova_ftvm.host.netbuf import OutputBuffers, interfaces
 from nova_ftvm.types import PAGE, RamBlock
 
 ROOT = Path(__file__).parents[2]
 LAB_GUEST = ROOT / "build" / "guest"
 SOURCES = Path(__file__).parent / "guest"
+#: What the ramdisk adds to /bin, each from one C file.
+PROGRAMS = ("work", "storage")
 QEMU = "qemu-system-x86_64"
 GUEST_ADDRESS, HOST_ADDRESS = "10.99.0.2", "10.99.0.1"
-SESSION_PORT, DATAGRAM_PORT = 7000, 7001
+SESSION_PORT, DATAGRAM_PORT, BENCH_PORT = 7000, 7001, 7002
 MEMORY_MIB = 128
 #: A guest of this size boots in two or three seconds under TCG; a busy machine takes its time.
 BOOT_S = 60.0
@@ -75,27 +79,37 @@ def lacking() -> str:
     return "not root" if os.geteuid() else ""
 
 
+def guest_folder() -> Path:
+    """What the tests build, and their disks."""
+    folder = ROOT / "build" / "test-guest"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def ramdisk(work: Path) -> Path:
     """The lab's ramdisk and ours behind it: the kernel unpacks both, the later file wins."""
-    source, start = SOURCES / "work.c", SOURCES / "start"
+    start = SOURCES / "start"
     digest = hashlib.sha256()
-    for path in (source, start, LAB_GUEST / "ramdisk"):
+    for path in (*(SOURCES / f"{name}.c" for name in PROGRAMS), start, LAB_GUEST / "ramdisk"):
         digest.update(path.read_bytes())
     made = work / f"ramdisk-{digest.hexdigest()[:16]}"
     if made.exists():
         return made
-    root = work / "root"
-    shutil.rmtree(root, ignore_errors=True)
-    for name in ("etc", "bin"):
-        (root / name).mkdir(parents=True)
-    shutil.copy(start, root / "etc" / "start")
-    (root / "etc" / "start").chmod(0o755)
-    subprocess.run(["gcc", "-O2", "-static", "-Wall", "-Werror", "-o", root / "bin" / "work", source], check=True)
-    archive = subprocess.run(["cpio", "--create", "--format=newc", "--quiet"], cwd=root, check=True,
-                             input=b"etc\netc/start\nbin\nbin/work\n", capture_output=True).stdout
-    partial = work / f"partial-{os.getpid()}"
-    partial.write_bytes((LAB_GUEST / "ramdisk").read_bytes() + gzip.compress(archive, mtime=0))
-    partial.rename(made)
+    with tempfile.TemporaryDirectory(dir=work) as name:
+        root = Path(name)
+        for place in ("etc", "bin"):
+            (root / place).mkdir()
+        shutil.copy(start, root / "etc" / "start")
+        (root / "etc" / "start").chmod(0o755)
+        for program in PROGRAMS:
+            subprocess.run(["gcc", "-O2", "-static", "-pthread", "-Wall", "-Wextra", "-Werror",
+                            "-o", root / "bin" / program, SOURCES / f"{program}.c"], check=True)
+        names = "\n".join(["etc", "etc/start", "bin", *(f"bin/{program}" for program in PROGRAMS), ""])
+        archive = subprocess.run(["cpio", "--create", "--format=newc", "--quiet"], cwd=root, check=True,
+                                 input=names.encode(), capture_output=True).stdout
+        partial = root / "ramdisk"
+        partial.write_bytes((LAB_GUEST / "ramdisk").read_bytes() + gzip.compress(archive, mtime=0))
+        partial.rename(made)
     return made
 
 
@@ -103,7 +117,7 @@ def ramdisk(work: Path) -> Path:
 
 
 class Network:
-    """A network namespace with a bridge (HOST_ADDRESS) and a tap for each side."""
+    """A network namespace with a bridge (HOST_ADDRESS) and a tap for the primary, and for each of two standbys."""
 
     def __init__(self) -> None:
         self.name = f"ftvmt-{os.getpid()}"
@@ -113,7 +127,7 @@ class Network:
             self.ip("link", "add", "br0", "type", "bridge", "forward_delay", "0", "mcast_snooping", "0")
             self.ip("addr", "add", f"{HOST_ADDRESS}/24", "dev", "br0")
             self.ip("link", "set", "br0", "up")
-            for side in "pb":
+            for side in "pbc":
                 self.ip("tuntap", "add", f"tap-{side}", "mode", "tap")
                 self.ip("link", "set", f"tap-{side}", "master", "br0", "up")
         except BaseException:
@@ -146,25 +160,26 @@ class Network:
         subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
 
 
+def connect(network: Network, port: int, timeout_s: float) -> socket.socket | None:
+    """A connection to the guest; None when nobody listens yet."""
+    connection = network.socket()
+    connection.settimeout(timeout_s)
+    try:
+        connection.connect((GUEST_ADDRESS, port))
+    except OSError:
+        connection.close()
+        return None
+    return connection
+
+
 class Session:
     """A client of the guest's stateful service: each reply carries the count and the chain of all requests so far."""
 
     def __init__(self, network: Network, timeout_s: float = 15.0) -> None:
-        self.connection = wait_for("the guest's service listens", lambda: self._connect(network, timeout_s))
+        self.connection = wait_for("the guest's service listens", lambda: connect(network, SESSION_PORT, timeout_s))
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._lines = self.connection.makefile("rb")
         self.count = self.chain = 0
-
-    @staticmethod
-    def _connect(network: Network, timeout_s: float) -> socket.socket | None:
-        connection = network.socket()
-        connection.settimeout(timeout_s)
-        try:
-            connection.connect((GUEST_ADDRESS, SESSION_PORT))
-        except OSError:
-            connection.close()
-            return None
-        return connection
 
     def send(self) -> bytes:
         """One request; the reply that must come."""
@@ -187,6 +202,28 @@ class Session:
     def close(self) -> None:
         self._lines.close()
         self.connection.close()
+
+
+class Bench:
+    """Measurements within the guest; see guest/storage.c."""
+
+    def __init__(self, network: Network) -> None:
+        self._connection = wait_for("the guest measures", lambda: connect(network, BENCH_PORT, BOOT_S))
+        self._lines = self._connection.makefile("rb")
+
+    def start(self, disk: str, pattern: str, size: int, *, sync: bool, seconds: float, depth: int,
+              span_mib: int) -> None:
+        """pattern: seq or rand. size: bytes of a write. depth: writes under way. span_mib: of the disk."""
+        words = (disk, pattern, size, int(sync), int(seconds * 1000), depth, span_mib)
+        self._connection.sendall(" ".join(map(str, words)).encode())
+
+    def result(self) -> list[int]:
+        """[writes, microseconds in all, of a write: median, 99th percentile, longest], by the guest's clock."""
+        return [int(word) for word in self._lines.readline().split()]
+
+    def close(self) -> None:
+        self._lines.close()
+        self._connection.close()
 
 
 # -- QEMU
@@ -225,6 +262,9 @@ class Qemu:
         return max((int(line.split()[1]) for line in self.log().splitlines()
                     if line.startswith("tick ") and line[5:].strip().isdigit()), default=0)
 
+    def await_log(self, line: str) -> None:
+        wait_for(f"the guest says: {line}", lambda: line in self.log(), BOOT_S)
+
     def await_boot(self, times: int = 1) -> None:
         wait_for("the guest is up", lambda: self.log().count("guest is up") >= times, BOOT_S)
 
@@ -233,14 +273,29 @@ class Qemu:
         first = self.ticks()
         wait_for("the guest's console goes on", lambda: self.ticks() >= first + number, 10.0)
 
-    def await_sound(self, kind: str) -> None:
-        """The workload has checked itself again, and found nothing."""
-        first = self.log().count(f"sound {kind}")
-        wait_for(f"{kind} checks itself", lambda: self.log().count(f"sound {kind}") > first, 20.0)
+    def await_sound(self, *kinds: str, times: int = 1) -> None:
+        """Each workload has checked itself again, and found nothing."""
+        wanted = {kind: self.log().count(f"sound {kind}") + times for kind in kinds}
+        for kind, count in wanted.items():
+            wait_for(f"{kind} checks itself",
+                     lambda kind=kind, count=count: self.log().count(f"sound {kind}") >= count, BOOT_S)
         assert "CORRUPT" not in self.log()
+
+    def await_sound_disks(self, *names: str) -> None:
+        """Every sector in the disks' ledgers holds what memory says: the second sweep from now began after now."""
+        self.await_sound(*(f"{half} {name}" for half in ("ledger", "fsync") for name in names), times=2)
 
     def is_running(self) -> bool:
         return self.operator.command("query-status")["status"] == "running"
+
+    def mirrors(self) -> list[str]:
+        """What there is of mirrors of disks: jobs and nodes."""
+        jobs = [job["id"] for job in self.operator.command("query-jobs")]
+        nodes = [node["node-name"] for node in self.operator.command("query-named-block-nodes", flat=True)]
+        return [name for name in jobs + nodes if name.startswith("ftvm-")]
+
+    def exports(self) -> list[str]:
+        return [export["id"] for export in self.operator.command("query-block-exports")]
 
     def unbuffer(self) -> None:
         """What the agent does in the place of a dead engine."""
@@ -248,9 +303,9 @@ class Qemu:
             OutputBuffers(monitor, interfaces(monitor)).remove()
 
     @contextlib.contextmanager
-    def monitor(self) -> Iterator[qmp.Monitor]:
+    def monitor(self) -> Iterator[AttendedMonitor]:
         """The product's monitor, for as long as no engine has it."""
-        monitor = qmp.Monitor(f"{self.folder}/monitor.sock")
+        monitor = AttendedMonitor(f"{self.folder}/monitor.sock")
         try:
             yield monitor
         finally:
@@ -328,6 +383,11 @@ class Engine:
 
     def order(self, what: str, **facts: Any) -> None:
         self._socket.send(json.dumps({"do": what, **facts}).encode() + b"\n")
+
+    def resident_mib(self) -> float:
+        """RAM that the process has."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
     def grant(self, generation: int = 2) -> None:
         self.order("grant", granted=True, generation=generation, reason="")

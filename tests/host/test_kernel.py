@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from nova_ftvm.host.pagemap import Pagemap
 from nova_ftvm.host.syscalls import NR_CLOSE
 from nova_ftvm.host.userfault import WriteProtection
 from nova_ftvm.types import PAGE
+from tests.host import images
 from tests.host.machine import ROOT, die_with_the_tests, wait_for
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="not root")
@@ -182,6 +184,51 @@ def test_existing_pages_are_told_from_those_that_never_were(mapper: Mapper) -> N
     mapper.do("w", 50)
     assert mapper.numbers(pagemap.existing(mapper.start, mapper.end)) == [*range(8), 50]
     pagemap.close()
+
+
+_READER = """
+import mmap, os, sys
+memory = mmap.mmap(-1, {length}, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
+import ctypes
+print(ctypes.addressof(ctypes.c_char.from_buffer(memory)), flush=True)
+sys.stdin.readline()
+file = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT)
+print(os.preadv(file, [memory], 0), flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.skipif(not images.can_be_slowed(ROOT), reason="no control group can slow this disk down")
+def test_a_transfer_that_is_under_way_marks_its_pages_when_it_begins_and_not_when_it_ends(tmp_path: Path) -> None:
+    """So a page that a look found written must not be copied before the disks are at rest."""
+    length = 128 * PAGE
+    with tempfile.NamedTemporaryFile(dir=ROOT / "build") as file:
+        file.write(b"\x5a" * length)
+        file.flush()
+        os.fsync(file.fileno())
+        reader = subprocess.Popen([sys.executable, "-c", _READER.format(length=length), file.name],
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=die_with_the_tests)
+        try:
+            start = int(reader.stdout.readline())
+            protection, pagemap = WriteProtection(reader.pid, os.pidfd_open(reader.pid)), Pagemap(reader.pid)
+            protection.register(start, length)
+            pagemap.take_existing(start, start + length)
+            whole, into = np.array([[start, start + length]], np.uint64), np.empty(length, np.uint8)
+            with images.slow_disk(Path(file.name), reader.pid, rbps=length):
+                reader.stdin.write(b"go\n")
+                reader.stdin.flush()
+                time.sleep(0.3)
+                begun = pagemap.take_written(start, start + length)
+                procmem.read(reader.pid, whole, into)
+                assert not into.any(), "the transfer was over before it was looked at"
+                assert int((begun[:, 1] - begun[:, 0]).sum()) == length
+                assert int(reader.stdout.readline()) == length
+            procmem.read(reader.pid, whole, into)
+            assert (into == 0x5A).all()
+            assert len(pagemap.take_written(start, start + length)) == 0
+        finally:
+            reader.kill()
+            reader.wait()
 
 
 # Memory of another process

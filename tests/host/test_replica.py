@@ -1,5 +1,7 @@
 """The replica is the primary's RAM, byte by byte, at every look; and the looks would see it if it were not."""
 
+import dataclasses
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,17 +10,20 @@ from pathlib import Path
 import pytest
 
 from nova_ftvm.core.epoch import Phase
-from tests.host.conftest import CHURN, DISK, Launch
-from tests.host.inprocess import Comparison, CountingMemory, LooksOnce, LosesAPage
-from tests.host.machine import Network, Session
+from tests.host.conftest import CHURN, Launch
+from tests.host.images import MIB, Image, Shape, can_be_slowed, fill, slow_disk
+from tests.host.inprocess import Comparison, CopiesAtTheStop, CountingMemory, LooksOnce, LosesAPage
+from tests.host.machine import Network, Qemu, Session, guest_folder
 
-#: Each request takes 5 ms, so that one is under way at most stops. Without ioeventfd it is not waited for before the
-#: STOP event but after it, as with every device that has none (IDE, AHCI): what the second scan is for.
-SLOW_DISK = ("-blockdev", "null-co,node-name=slow,size=8388608,read-zeroes=on,latency-ns=5000000",
-             "-device", "virtio-blk-pci,drive=slow,ioeventfd=off")
+PC = {"work": CHURN, "machine_type": "pc", "vcpus": 1}
+Q35 = {"work": f"{CHURN},reads:vda", "machine_type": "q35", "vcpus": 2}
+#: So that transfers into the guest's memory are under way at each stop, and end after the STOP event.
+DIRECT = Shape("raw", size=16 * MIB, ioeventfd=False)
+#: The pages of such a transfer are written when it ends, not when it begins.
+CACHED = dataclasses.replace(DIRECT, cache="writeback")
+SLOW_BYTES_S = 40 * MIB
 
-PC = {"work": CHURN, "machine_type": "pc", "vcpus": 1, "extra": ()}
-Q35 = {"work": f"{CHURN},{DISK}", "machine_type": "q35", "vcpus": 2, "extra": SLOW_DISK}
+slowed = pytest.mark.skipif(not can_be_slowed(guest_folder()), reason="no control group can slow this disk down")
 
 
 @contextmanager
@@ -46,32 +51,97 @@ def traffic(network: Network) -> Iterator[Session]:
     assert not failure, failure
 
 
-@pytest.mark.parametrize("shape", [PC, Q35], ids=["pc-1-vcpu", "q35-2-vcpus-slow-disk"])
-def test_the_replica_equals_the_primarys_ram_at_every_look(shape: dict, launch: Launch, network: Network,
-                                                           tmp_path: Path) -> None:
-    primary = launch("p", **shape)
-    standby = launch("b", **shape, standby=True)
+@contextmanager
+def uncached(path: Path) -> Iterator[None]:
+    """The host's cache forgets a file all the time."""
+    over = threading.Event()
+
+    def forget() -> None:
+        with path.open("rb") as file:
+            while not over.wait(0.005):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    thread = threading.Thread(target=forget)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.fixture
+def busy_disk(request: pytest.FixtureRequest, launch: Launch, image_folder: Path) -> Iterator[tuple[Qemu, Qemu]]:
+    """Primary and standby of a guest that reads a slow disk all the time."""
+    shape = request.param
+    contents = image_folder / "contents"
+    fill(contents, "a", shape.size, hole_each=0)
+    (image_folder / "b").mkdir()
+    ours, theirs = Image(image_folder, 0, shape, contents), Image(image_folder / "b", 0, shape)
+    primary = launch("p", **Q35, extra=ours.arguments())
+    standby = launch("b", **Q35, extra=theirs.arguments(), standby=True)
     primary.await_boot()
+    primary.await_sound("reads vda")
+    with slow_disk(ours.path, primary.pid, rbps=SLOW_BYTES_S), uncached(ours.path):
+        yield primary, standby
+
+
+direct_or_cached = pytest.mark.parametrize("busy_disk", [DIRECT, CACHED], ids=["direct", "cached"], indirect=True)
+direct = pytest.mark.parametrize("busy_disk", [DIRECT], ids=["direct"], indirect=True)
+
+
+def test_the_replica_equals_the_primarys_ram_at_every_look(launch: Launch, network: Network, tmp_path: Path) -> None:
+    primary, standby = launch("p", **PC), launch("b", **PC, standby=True)
+    primary.await_boot()
+    compares_whole(Comparison(primary, standby, tmp_path, looks=6), network)
+    primary.await_sound("churn")
+    assert primary.is_running()
+
+
+@slowed
+@direct_or_cached
+def test_the_replica_equals_the_primarys_ram_while_a_disk_transfers(busy_disk: tuple[Qemu, Qemu], network: Network,
+                                                                    tmp_path: Path) -> None:
+    primary, standby = busy_disk
     comparison = Comparison(primary, standby, tmp_path, looks=6)
+    compares_whole(comparison, network)
+    assert comparison.late_pages > 0, "the disk was never busy at a stop: the second scan was not exercised"
+    primary.await_sound("churn")
+    primary.await_sound("reads vda")
+
+
+@slowed
+@direct
+def test_the_first_epoch_is_whole_while_a_disk_transfers(busy_disk: tuple[Qemu, Qemu], tmp_path: Path) -> None:
+    """A transfer that began before a pass of the first copy may end after its pages were copied."""
+    for number in range(3):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        assert Comparison(*busy_disk, folder, looks=1, every=1).run() == []
+
+
+def compares_whole(comparison: Comparison, network: Network) -> None:
     with traffic(network) as session:
         asked = session.count
         assert comparison.run() == []
         assert session.count > asked + 6
     assert comparison.compared == 6
     assert comparison.phase is Phase.ENDED and comparison.promoted is False
-    if DISK in shape["work"]:
-        assert comparison.late_pages > 0, "the disk was never busy at a stop: the second scan was not exercised"
-        primary.await_sound("disk")
-    primary.await_sound("churn")
-    assert primary.is_running()
 
 
-@pytest.mark.parametrize(("mutation", "shape"), [(LosesAPage, PC), (LooksOnce, Q35)],
-                         ids=["a-page-is-lost", "no-second-scan"])
-def test_a_broken_capture_is_seen(mutation: type[CountingMemory], shape: dict, launch: Launch,
-                                  tmp_path: Path) -> None:
-    primary = launch("p", **shape)
-    standby = launch("b", **shape, standby=True)
+def test_a_lost_page_is_seen(launch: Launch, tmp_path: Path) -> None:
+    primary, standby = launch("p", **PC), launch("b", **PC, standby=True)
     primary.await_boot()
-    comparison = Comparison(primary, standby, tmp_path, mutation, looks=40, every=4)
+    sees_a_difference(Comparison(primary, standby, tmp_path, LosesAPage, looks=40, every=4))
+
+
+@slowed
+@pytest.mark.parametrize(("mutation", "busy_disk"), [(LooksOnce, CACHED), (CopiesAtTheStop, DIRECT)],
+                         ids=["looks-once", "copies-at-the-stop"], indirect=["busy_disk"])
+def test_a_capture_that_does_not_mind_the_disks_is_seen(mutation: type[CountingMemory], busy_disk: tuple[Qemu, Qemu],
+                                                        tmp_path: Path) -> None:
+    sees_a_difference(Comparison(*busy_disk, tmp_path, mutation, looks=40, every=4))
+
+
+def sees_a_difference(comparison: Comparison) -> None:
     assert comparison.run(), f"{comparison.compared} looks saw nothing"

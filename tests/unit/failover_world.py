@@ -180,6 +180,11 @@ class FakeCloud:
                 raise CloudRefused("metadata", 404, "no such server")
             self.alter(server_id, metadata={**self.store[server_id].metadata, **items})
 
+    def delete_metadata(self, server_id: str, key: str) -> None:
+        for _ in self._do("delete_metadata", server_id, key):
+            left = {name: value for name, value in self.store[server_id].metadata.items() if name != key}
+            self.alter(server_id, metadata=left)
+
     def reset_state(self, server_id: str) -> None:
         for _ in self._do("reset_state", server_id):
             self.alter(server_id, vm_state="active", task_state=None, fault="")
@@ -244,6 +249,8 @@ class FakeAgents:
         self.fuse = fuse
         self.silent: set[str] = set()
         self.unarmed = ""
+        self.domain_xml = "<domain/>"
+        self.disks = {"vda": 1 << 30}
         self.calls: list[tuple[Any, ...]] = []
         self.broken: set[str] = set()
 
@@ -262,7 +269,7 @@ class FakeAgents:
 
     def describe_domain(self, host: str, instance_id: str) -> dict[str, Any]:
         self._call("describe_domain", host, instance_id)
-        return {"domain_xml": "<domain/>", "armed": not self.unarmed, "reason": self.unarmed}
+        return {"domain_xml": self.domain_xml, "armed": not self.unarmed, "reason": self.unarmed, "disks": self.disks}
 
     def start_backup(self, host: str, pair_id: str, generation: int, instance_id: str, token: str) -> dict[str, Any]:
         self._call("start_backup", host, generation)
@@ -322,6 +329,8 @@ class World:
         self.agents = FakeAgents(self.fuse)
         self.settings = settings
         self.hosts = list(hosts)
+        #: What every engine says of itself.
+        self.engine_state = "x"
         self.manager = self.new_manager("m1")
         self.report_all()
 
@@ -373,7 +382,7 @@ class World:
                 pair.primary_host, pair.backup_host):
             return []
         role = "primary" if host == pair.primary_host else "backup"
-        return [{"pair_id": pair.id, "role": role, "generation": pair.generation, "state": "x",
+        return [{"pair_id": pair.id, "role": role, "generation": pair.generation, "state": self.engine_state,
                  "instance_id": pair.instance_id}]
 
     @property
@@ -384,6 +393,10 @@ class World:
     def shown(self) -> tuple[str | None, str | None]:
         metadata = self.cloud.store[VM].metadata
         return metadata.get("ft:state"), metadata.get("ft:reason")
+
+    @property
+    def progress_shown(self) -> str | None:
+        return self.cloud.store[VM].metadata.get("ft:progress")
 
     # The life of a pair
 
@@ -397,11 +410,15 @@ class World:
         self.work()
         return grant
 
-    def protect(self) -> None:
-        """From a fresh server to PROTECTED on hx, with its backup on hy."""
+    def start_copy(self) -> None:
+        """From a fresh server to SYNCING on hx, with its backup on hy."""
         self.cloud.boot()
         self.pass_by()
         self.spawn_backup()
+
+    def protect(self) -> None:
+        """From a fresh server to PROTECTED on hx, with its backup on hy."""
+        self.start_copy()
         pair = self.pair
         self.manager.report_protection(pair.id, pair.generation, pair.primary_host, "protected", "")
         self.work()

@@ -56,6 +56,7 @@ class FakeGuests:
         self.destroyed: list[str] = []
         self.unbuffered: list[str] = []
         self.standbys = {BACKUP_SERVER}
+        self.xml = "<domain/>"
         #: How many calls libvirt does not answer.
         self.away = 0
 
@@ -65,7 +66,10 @@ class FakeGuests:
     def live_xml(self, instance_id: str) -> str:
         if self.away:
             raise GuestGone("libvirt is away")
-        return "<domain/>"
+        return self.xml
+
+    def disk_size(self, instance_id: str, target: str) -> int:
+        return {"vda": 1 << 30, "sda": 2048}[target]
 
     def has_monitor(self, instance_id: str, domain_xml: str) -> bool:
         return instance_id == SERVER
@@ -470,6 +474,14 @@ def test_a_host_that_lacks_something_says_so_and_arms_nothing() -> None:
     assert host.call("prepare_domain", instance_id=SERVER) == {
         "monitor": "", "capable": False, "reason": "the kernel is too old"}
     assert Host().call("prepare_domain", instance_id=SERVER)["monitor"] == f"/run/{SERVER}/monitor.sock"
+
+
+def test_a_domain_is_described_with_the_sizes_of_its_disks(host: Host) -> None:
+    assert host.call("describe_domain", instance_id=SERVER)["disks"] == {}
+    host.guests.xml = ("<domain><devices><disk type='file'><source file='/d'/><target dev='vda'/></disk>"
+                       "<disk type='file' device='cdrom'><source file='/c'/><target dev='sda'/></disk>"
+                       "<disk type='file' device='cdrom'><target dev='sdb'/></disk></devices></domain>")
+    assert host.call("describe_domain", instance_id=SERVER)["disks"] == {"vda": 1 << 30, "sda": 2048}
 
 
 def test_a_domain_is_described_with_what_it_lacks(host: Host) -> None:

@@ -6,6 +6,8 @@ import sys
 import threading
 
 import pytest
+import sqlalchemy
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
@@ -40,12 +42,26 @@ def test_syncing_again_changes_nothing(engine):
     assert connect.sync(engine) == connect.newest() == connect.version(engine)
 
 
+def test_an_older_releases_pairs_are_kept(tmp_path):
+    engine = connect.engine_for(f"sqlite:///{tmp_path}/old.sqlite")
+    settings = connect._alembic()
+    with engine.begin() as connection:
+        settings.attributes["connection"] = connection
+        command.upgrade(settings, "0001")
+    store = Store(engine)
+    pair = store.add(pair_in(progress=40))
+    connect.sync(engine)
+    assert store.pair(pair.id) == pair
+    assert store.change(pair, progress=40.25).progress == store.pair(pair.id).progress == 40.25
+    assert {index["name"] for index in sqlalchemy.inspect(engine).get_indexes("pairs")} == {"ix_pairs_backup_id"}
+
+
 def test_an_empty_database_has_no_version(tmp_path):
     assert connect.version(connect.engine_for(f"sqlite:///{tmp_path}/e.sqlite")) == ""
 
 
 def test_a_pair_comes_back_as_it_was_written(store):
-    added = store.add(pair_in(timeline={"granted_at": 1795380846.762921}, backup_id="b"))
+    added = store.add(pair_in(timeline={"granted_at": 1795380846.762921}, backup_id="b", progress=42.37))
     assert store.pair(added.id) == store.pair_of(added.instance_id) == store.pair_of_backup("b") == added
     assert store.pairs() == store.pairs([added.id]) == [added]
     assert store.pairs([]) == []

@@ -26,10 +26,19 @@ LIVE = """<domain type='kvm' id='7' xmlns:qemu='http://libvirt.org/schemas/domai
 <resource><partition>/machine</partition></resource>
 <cpu mode='custom'><numa><cell id='0' cpus='0' memory='131072' unit='KiB' memAccess='private'/></numa></cpu>
 <devices><emulator>/usr/bin/qemu-system-x86_64</emulator>
-<disk type='file' device='disk'><source file='/var/lib/nova/instances/u/disk' index='2'/>
-<backingStore type='file' index='3'><source file='/var/lib/nova/instances/_base/x'/></backingStore>
-<mirror type='file'/><target dev='vda' bus='virtio'/><alias name='virtio-disk0'/>
-<address type='pci' domain='0x0000' bus='0x00' slot='0x04' function='0x0'/></disk>
+<disk type='file' device='disk' snapshot='external'>
+<driver name='qemu' type='qcow2' cache='none' io='native' discard='unmap' iothread='1' queues='2'/>
+<source file='/var/lib/nova/instances/u/disk' index='2'><seclabel model='dac' relabel='no'/></source>
+<backingStore type='file' index='3'><format type='raw'/><source file='/var/lib/nova/instances/_base/x'/>
+<backingStore/></backingStore><target dev='vda' bus='virtio'/><iotune><total_iops_sec>500</total_iops_sec></iotune>
+<alias name='virtio-disk0'/><address type='pci' domain='0x0000' bus='0x00' slot='0x04' function='0x0'/></disk>
+<disk type='file' device='disk'><driver name='qemu' type='qcow2' cache='none'/>
+<source file='/var/lib/nova/instances/u/disk.eph0' index='4'/><backingStore/><target dev='vdb' bus='virtio'/></disk>
+<disk type='file' device='cdrom'><driver name='qemu' type='raw' cache='none'/>
+<source file='/var/lib/nova/instances/u/disk.config' index='1'/><backingStore/>
+<target dev='sda' bus='scsi' tray='closed'/><readonly/>
+<address type='drive' controller='0' bus='0' target='0' unit='0'/></disk>
+<disk type='file' device='cdrom'><driver name='qemu'/><target dev='sdb' bus='scsi' tray='open'/><readonly/></disk>
 <interface type='bridge'><mac address='FA:16:3E:00:00:01'/><source bridge='br-there'/><target dev='tap-there'/>
 <model type='virtio'/><driver name='qemu'/><mtu size='1450'/><alias name='net0'/>
 <address type='pci' domain='0x0000' bus='0x00' slot='0x03' function='0x0'/></interface>
@@ -67,6 +76,68 @@ def test_a_drive_on_the_ide_bus_is_refused_with_what_to_do():
     with pytest.raises(Unsupported, match="hw_cdrom_bus=scsi"):
         domain.arm(xml, MONITOR)
     assert not domain.obstacle(xml.replace("ide", "scsi"))
+
+
+DISK = "<disk type='file' device='disk'>{}<source file='/d'/><target dev='vdb' bus='virtio'/></disk>"
+
+
+@pytest.mark.parametrize(("disk", "says"), [
+    (DISK.replace("type='file'", "type='network'").format(""), "disk vdb is no file of its host but of type network"),
+    (DISK.replace("type='file'", "type='block'").format(""), "detach it if it is a volume"),
+    (DISK.replace("type='file'", "type='vhostuser'").format(""), "of type vhostuser"),
+    (DISK.format("<driver name='qemu' type='vmdk'/>"), "of format vmdk"),
+    (DISK.format("<driver name='qemu' type='qcow2' copy_on_read='on'/>"), "copy_on_read"),
+    (DISK.replace("device='disk'", "device='cdrom'").format("<driver type='qcow2'/>"), "not from an ISO"),
+    (DISK.format("<driver type='qcow2'/><readonly/>"), "read-only and of format qcow2"),
+    (DISK.format("<shareable/>"), "written to by others"),
+    (DISK.format("<transient/>"), "transient"),
+    (DISK.format("<encryption format='luks'/>"), "encrypted"),
+    (DISK.replace("<source file='/d'/>", "<source file='/d'><encryption format='luks'/></source>").format(""),
+     "encrypted"),
+    (DISK.format("<mirror type='file' job='copy'><source file='/e'/></mirror>"), "by a block job of libvirt"),
+    (DISK.replace("device='disk'", "device='floppy'").format(""), "a floppy drive"),
+])
+def test_a_disk_that_cannot_be_followed_is_refused_by_name(disk, says):
+    xml = PLAIN.replace("<devices>", f"<devices>{disk}")
+    assert says in domain.obstacle(xml)
+    for call in (lambda: domain.arm(xml, MONITOR), lambda: domain.standby(xml, MONITOR, MARK, HERE)):
+        with pytest.raises(Unsupported, match=r"disk vdb|floppy"):
+            call()
+
+
+@pytest.mark.parametrize("disk", [
+    DISK.format(""), DISK.format("<driver name='qemu' type='raw' cache='writeback' copy_on_read='off'/>"),
+    DISK.format("<driver name='qemu' type='qcow2' io='native' iothread='1'/><iotune/>"), DISK.format("<readonly/>"),
+    "<disk type='file' device='cdrom'><target dev='sda' bus='scsi'/><readonly/></disk>",
+    DISK.replace("bus='virtio'", "bus='scsi'").format(""), DISK.replace("bus='virtio'", "bus='sata'").format("")])
+def test_an_ordinary_local_disk_is_no_obstacle(disk):
+    assert domain.obstacle(PLAIN.replace("<devices>", f"<devices>{disk}")) == ""
+
+
+def test_a_refusal_leaves_room_for_who_says_it():
+    long_name = DISK.format("").replace("vdb", "sdabc").replace("type='file'", "type='network'")
+    assert len(domain.obstacle(PLAIN.replace("<devices>", f"<devices>{long_name}"))) < 200
+
+
+def test_disks_are_told_with_their_files_and_formats():
+    folder = "/var/lib/nova/instances/u"
+    assert domain.disks(LIVE) == [
+        domain.DiskFile("vda", f"{folder}/disk", "qcow2"), domain.DiskFile("vdb", f"{folder}/disk.eph0", "qcow2"),
+        domain.DiskFile("sda", f"{folder}/disk.config", "raw")]
+    assert domain.disks(PLAIN) == []
+
+
+def test_each_disk_of_the_standby_is_the_primarys_without_its_run():
+    root = made()
+    paths = [source.get("file") for source in root.findall("./devices/disk/source")]
+    assert paths == [disk.path for disk in domain.disks(LIVE)]
+    for before, after in zip(ElementTree.fromstring(LIVE).findall("./devices/disk"), root.findall("./devices/disk"),
+                             strict=True):
+        assert after.attrib == before.attrib
+        kept = [child for child in before if child.tag not in ("backingStore", "source")]
+        assert [ElementTree.tostring(child).strip() for child in after if child.tag != "source"] == [
+            ElementTree.tostring(child).strip() for child in kept]
+        assert not after.findall("./source/*") and set(getattr(after.find("source"), "attrib", {})) <= {"file"}
 
 
 @pytest.mark.parametrize("backing", ["<access mode='shared'/>", "<source type='file'/>"])
@@ -151,8 +222,8 @@ def test_nothing_of_the_primarys_run_is_left():
     root = made(graphics_listen="10.0.0.2")
     text = ElementTree.tostring(root, encoding="unicode")
     assert "id" not in root.attrib
-    for trace in ("seclabel", "/dev/pts", "domain-7-", "index=", "backingStore", "<mirror", "partition", "cpuset",
-                  "nodeset", "10.0.0.1", "5901", "/run/nova-ftvm/old", "there"):
+    for trace in ("seclabel", "/dev/pts", "domain-7-", "index=", "backingStore", "partition", "cpuset", "nodeset",
+                  "10.0.0.1", "5901", "/run/nova-ftvm/old", "there"):
         assert trace not in text, trace
     graphics = root.find("./devices/graphics")
     assert (graphics.get("port"), graphics.get("listen")) == ("-1", "10.0.0.2")

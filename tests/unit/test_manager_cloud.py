@@ -176,7 +176,15 @@ def test_deleting_what_is_gone_is_fine(api, cloud):
         api.delete(url, status_code=404, json={})
     cloud.delete_server("b")
     cloud.delete_allocation("b")
+    api.delete(f"{NOVA}/servers/b/metadata/ft:progress", status_code=404, json={})
     cloud.unbind("p", "hy")
+    cloud.delete_metadata("b", "ft:progress")
+
+
+def test_one_key_of_metadata_is_deleted(api, cloud):
+    deleted = api.delete(f"{NOVA}/servers/vm/metadata/ft:progress", status_code=204)
+    cloud.delete_metadata("vm", "ft:progress")
+    assert deleted.called_once
 
 
 @pytest.mark.parametrize("answer", [{"status_code": 503}, {"status_code": 401}, {"exc": ConnectionError}])

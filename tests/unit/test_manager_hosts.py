@@ -77,7 +77,7 @@ def test_a_report_does_not_forget_that_we_forced_the_host_down(world):
     assert world.store.hosts()["hx"].forced_down_by_us
 
 
-@pytest.mark.parametrize("said, number", [("40", 40), ("40%", 40), ("99.6 %", 99), ("syncing 7 %", 7), ("", 0),
-                                          ("soon", 0), ("250", 100)])
+@pytest.mark.parametrize("said, number", [("40", 40), ("40%", 40), ("99.6 %", 99.6), ("syncing 7 %", 7), ("", 0),
+                                          ("syncing 42.37 %", 42.37), ("soon", 0), ("250", 100)])
 def test_progress_is_read_from_any_wording(said, number):
     assert hosts.percent(said) == number

@@ -1,5 +1,7 @@
 """A server's way to protection and back, told through the manager's methods."""
 
+import itertools
+
 import pytest
 
 from nova_ftvm.failover import shown
@@ -111,7 +113,7 @@ def test_an_unarmed_domain_asks_for_a_hard_reboot(world):
     assert world.pair.state is PairState.PENDING
 
 
-def test_a_ordinary_server_gets_no_plan(world):
+def test_an_ordinary_server_gets_no_plan(world):
     world.cloud.boot()
     assert world.manager.standby_plan(VM, "hy") is None
 
@@ -196,15 +198,136 @@ def test_a_backup_that_never_gets_ready_is_given_up(world):
     assert "not ready after 120 s" in world.pair.reason
 
 
-def test_progress_comes_with_the_agents_report(world):
+def test_progress_is_shown_in_whole_percent_while_it_moves(world):
+    world.start_copy()
+    for said, shows in (("syncing 0.00 %", "0"), ("syncing 42.37 %", "42"), ("syncing 99.99 %", "99")):
+        world.engine_state = said
+        world.pass_by(5)
+        assert world.shown == ("syncing", shown.SYNCING) and world.progress_shown == shows
+    writes = len(world.cloud.calls)
+    world.engine_state = "syncing 99.995 %"
+    world.pass_by(5)
+    assert len(world.cloud.calls) == writes
+
+
+def test_progress_is_shown_as_soon_as_the_copy_begins(world):
+    world.start_copy()
+    assert world.shown[0] == "syncing" and world.progress_shown == "0"
+
+
+def test_progress_goes_before_protected_is_shown(world):
+    world.start_copy()
+    pair = world.pair
+    world.manager.report_protection(pair.id, pair.generation, "hx", "protected", "")
+    world.work()
+    assert world.shown == ("protected", shown.PROTECTED) and world.progress_shown is None
+    changes = [call[0] for call in world.cloud.calls if call[0] in ("set_metadata", "delete_metadata")]
+    assert changes[-2:] == ["delete_metadata", "set_metadata"]
+
+
+@pytest.mark.parametrize("how", ["disarmed", "failed", "lost", "refused"])
+def test_progress_goes_however_the_copy_ends(world, how):
+    world.start_copy()
+    pair = world.pair
+    match how:
+        case "disarmed":
+            world.manager.disarm(VM, "stop")
+        case "failed":
+            world.manager.report_protection(pair.id, pair.generation, "hx", "failed", "its disk is full")
+        case "lost":
+            world.manager.request_degrade(pair.id, pair.generation, "hx", "the link is cut")
+        case "refused":
+            world.cloud.alter(VM, metadata={**world.cloud.store[VM].metadata, "ft": "false"})
+    world.pass_by()
+    assert world.shown[0] in ("unprotected", "degraded") and world.progress_shown is None
+
+
+def test_a_large_disk_that_moves_by_less_than_a_percent_is_not_given_up(world):
+    world.start_copy()
+    for hundredths in range(1, 60):
+        world.engine_state = f"syncing 3.{hundredths:02} %"
+        world.pass_by(100)
+        assert world.pair.state is PairState.SYNCING
+    assert world.progress_shown == "3"
+    for _ in range(2):
+        world.pass_by(100)
+    assert world.pair.state is PairState.DISABLED and "has not moved for 120 s" in world.pair.reason
+
+
+def test_a_copy_that_falls_behind_a_busy_guest_is_not_given_up(world):
+    world.start_copy()
+    for percent in (50, 40, 30, 20):
+        world.engine_state = f"syncing {percent} %"
+        world.pass_by(100)
+        assert world.pair.state is PairState.SYNCING and world.progress_shown == str(percent)
+
+
+def test_a_volume_ends_protection_with_what_to_do_until_it_is_detached(world):
+    world.protect()
+    world.manager.disarm(VM, "the server is given a volume")
+    world.cloud.alter(VM, volumes=1)
+    world.work()
+    world.pass_by(5)
+    assert world.pair.state is PairState.DISABLED and world.shown[0] == "unprotected"
+    assert "volumes are not replicated" in world.shown[1] and "remove volume" in world.shown[1]
+    assert not world.cloud.backups()
+    world.pass_by(60)
+    assert not world.cloud.backups()
+    world.cloud.alter(VM, volumes=0)
+    world.pass_by(5)
+    assert world.pair.state is PairState.PENDING
+
+
+@pytest.mark.parametrize("state", [PairState.PENDING, PairState.SYNCING, PairState.PROTECTED])
+def test_a_volume_that_came_while_the_pair_was_made_ends_it(world, state):
+    world.protect() if state is PairState.PROTECTED else world.start_copy()
+    if state is PairState.PENDING:
+        world.manager.disarm(VM, "stop")
+        world.work()
+        world.pass_by(5)
+    assert world.pair.state is state
+    world.cloud.alter(VM, volumes=1)
+    world.pass_by()
+    assert world.pair.state is PairState.DISABLED and "volumes are not replicated" in world.shown[1]
+
+
+def test_an_armed_server_with_a_disk_that_is_no_file_is_refused(world):
+    world.agents.domain_xml = ("<domain><devices><disk type='network' device='disk'><target dev='vdb' bus='virtio'/>"
+                               "</disk></devices></domain>")
     world.cloud.boot()
     world.pass_by()
-    world.spawn_backup()
-    pair = world.pair
-    world.report("hx", engines=[{"pair_id": pair.id, "role": "primary", "generation": 1, "state": "syncing 60 %"}])
-    assert world.pair.progress == 60
-    world.manager.reconciler.all()
-    assert world.shown == ("syncing", "first copy of the memory: 50%")
+    assert world.pair is None and not world.cloud.backups()
+    assert world.shown[0] == "unprotected" and "disk vdb is no file" in world.shown[1]
+
+
+def test_a_domain_that_cannot_be_read_stops_no_other_servers_pass(world):
+    world.agents.domain_xml = "<domain"
+    world.cloud.boot()
+    world.cloud.boot("other", metadata={"ft": "maybe"})
+    world.pass_by()
+    assert "cannot be read" in world.shown[1]
+    assert "'maybe'" in world.cloud.store["other"].metadata["ft:reason"]
+
+
+def test_the_plan_has_the_sizes_of_the_primarys_disks(world):
+    world.cloud.boot()
+    world.pass_by()
+    assert world.manager.standby_plan(world.pair.backup_id, "hy")["disks"] == {"vda": 1 << 30}
+
+
+def test_a_backups_host_that_always_refuses_is_asked_ever_more_seldom(world):
+    world.cloud.boot()
+    asked = []
+    while world.clock.now() < 1000 + 3600:
+        world.pass_by(5)
+        if world.pair.state is PairState.PENDING:
+            asked.append(world.clock.now())
+            plan = world.manager.standby_plan(world.pair.backup_id, "hy")
+            world.manager.standby_ready(plan["pair_id"], plan["generation"], "hy", "instances_path is shared")
+            world.work()
+            assert world.shown == ("unprotected", "protection failed on hy: instances_path is shared")
+    assert len(asked) < 65 and min(later - earlier for earlier, later in itertools.pairwise(asked[6:])) >= 60
+    assert not world.cloud.backups()
 
 
 def test_a_primary_lost_during_the_first_copy_needs_a_hand(world):
@@ -382,7 +505,7 @@ def test_a_refused_backup_server_says_what_nova_said(world):
     world.cloud.refuse["create_backup"] = [CloudRefused("create", 403, "Quota exceeded for instances")]
     world.pass_by()
     assert world.pair.state is PairState.DISABLED
-    assert "Quota exceeded" in world.shown[1]
+    assert "image and flavor" in world.shown[1] and "Quota exceeded" in world.shown[1]
 
 
 def test_a_notification_makes_one_server_looked_at(world):

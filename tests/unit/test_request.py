@@ -47,9 +47,15 @@ def test_an_ordinary_server_can_be_protected():
     {"extra_specs": {"hw:cpu_policy": "dedicated"}}, {"extra_specs": {"hw:numa_nodes": "2"}},
     {"image_properties": {"hw_mem_page_size": "2048"}}, {"image_properties": {"hw_firmware_type": "uefi"}},
     {"image_properties": {"hw_cpu_policy": "dedicated"}}, {"extra_specs": {"hw:tpm_version": "2.0"}},
+    {"extra_specs": {"hw:ephemeral_encryption": "true"}}, {"image_properties": {"hw_ephemeral_encryption": "True"}},
 ])
 def test_an_obstacle_is_one_sentence(change):
     assert request.obstacle(dataclasses.replace(FIT, **change))
+
+
+def test_volumes_are_refused_with_what_to_do():
+    assert "create it from an image" in request.obstacle(dataclasses.replace(FIT, has_image=False, volumes=1))
+    assert "detached" in request.obstacle(dataclasses.replace(FIT, volumes=2))
 
 
 @pytest.mark.parametrize("change", [

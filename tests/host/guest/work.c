@@ -3,7 +3,6 @@
  * must be; "sound" lines are the sign that it still checks.
  *
  * churn      rewrites pages all over anonymous memory and a tmpfs file; each page names itself and its version
- * disk       O_DIRECT writes and reads on /dev/vda, which must read as zeroes: the device writes into guest memory
  * datagrams  numbered UDP datagrams, one each 5 ms
  */
 #define _GNU_SOURCE
@@ -16,7 +15,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { PAGE = 4096, WORDS = PAGE / 8, PAGES = 6144, BATCH = 24, DISK_PAGES = 64 };
+enum { PAGE = 4096, WORDS = PAGE / 8, PAGES = 6144, BATCH = 24 };
 
 static uint64_t seed = 88172645463325252ull;
 
@@ -70,31 +69,6 @@ static void churn(void)
     }
 }
 
-static void disk(void)
-{
-    int device = open("/dev/vda", O_RDWR | O_DIRECT);
-    char *memory = mmap(NULL, DISK_PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (device < 0 || memory == MAP_FAILED) {
-        printf("no disk\n");
-        exit(1);
-    }
-    memset(memory, 0x5A, DISK_PAGES * PAGE);
-    for (uint64_t round = 1;; round++) {
-        off_t place = (off_t)(random64() % 1024) * PAGE;
-        char *first = memory + random64() % (DISK_PAGES - 4) * PAGE;
-        if (pwrite(device, memory, PAGE, place) != PAGE || pread(device, first, 4 * PAGE, place) != 4 * PAGE)
-            printf("CORRUPT disk: a request failed\n");
-        for (int i = 0; i < 4 * PAGE; i++)
-            if (first[i]) {
-                printf("CORRUPT disk: a read brought %d\n", first[i]);
-                break;
-            }
-        memset(first, 0x5A, 4 * PAGE);
-        if (round % 100 == 0)
-            printf("sound disk %lu\n", round);
-    }
-}
-
 static void datagrams(void)
 {
     struct sockaddr_in peer = {.sin_family = AF_INET, .sin_port = htons(7001)};
@@ -113,8 +87,6 @@ int main(int count, char **words)
     setvbuf(stdout, NULL, _IOLBF, 0);
     if (count == 2 && !strcmp(words[1], "churn"))
         churn();
-    if (count == 2 && !strcmp(words[1], "disk"))
-        disk();
     if (count == 2 && !strcmp(words[1], "datagrams"))
         datagrams();
     return 2;
