@@ -43,8 +43,8 @@ test: export FTVM_LAB_DIR := $(TEST_LAB_DIR)
 test: lint
 	@set -e; ftvm-lab down --wipe; trap 'ftvm-lab down --wipe' EXIT; \
 	timeout 300 $(PYTEST) tests/unit; \
-	timeout 600 $(PYTEST) tests/host; \
-	timeout 600 $(PYTEST) tests/functional; \
+	timeout 1200 $(PYTEST) tests/host; \
+	timeout 900 $(PYTEST) tests/functional; \
 	timeout 1500 $(PYTEST) tests/system
 
 clean:
