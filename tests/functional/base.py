@@ -164,6 +164,13 @@ class CloudTestCase(base.ServersTestBase):
     def claims(self, host):
         return claims.held(host)
 
+    def wait_until_disarmed(self, *orders):
+        """The manager hears these orders and no others; Nova gives some of them after its API has answered."""
+        deadline = time.monotonic() + 20
+        while len(self.ftvm.manager.disarmed) < len(orders) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.assertEqual(list(orders), self.ftvm.manager.disarmed)
+
     def wait_until_gone(self, server):
         for _ in range(40):
             try:

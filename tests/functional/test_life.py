@@ -377,11 +377,11 @@ class PlannedEndTest(base.CloudTestCase):
         server = self.protected()
         volume = self.cinder.IMAGE_BACKED_VOL
         self.api.post_server_volume(server["id"], {"volumeAttachment": {"volumeId": volume}})
+        given, rid = ((server["id"], f"the server is {what} a volume") for what in ("given", "rid of"))
+        self.wait_until_disarmed(given)
         self._wait_for_volume_attach(server["id"], volume)
         self.api.delete_server_volume(server["id"], volume)
-        self._wait_for_volume_detach(server["id"], volume)
-        self.assertEqual([(server["id"], f"the server is {what} a volume") for what in ("given", "rid of")],
-                         self.ftvm.manager.disarmed)
+        self.wait_until_disarmed(given, rid)
 
     def test_a_volume_is_not_attached_behind_an_armed_pair(self):
         server = self.protected()

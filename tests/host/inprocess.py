@@ -150,7 +150,7 @@ class CopiesAtTheStop(CountingMemory):
 
 
 class HeldGate(Gate):
-    """Holds the guest at each `every`th checkpoint until `look` is done, at the end of the device state."""
+    """Holds the guest at the first and each `every`th checkpoint, at the end of the device state, until `look` is done."""
 
     def __init__(self, path: str, every: int, look: Callable[[], None]) -> None:
         self._every = every
@@ -163,7 +163,7 @@ class HeldGate(Gate):
         super().narrow()
         self._expected, self._total = self._total, 0
         self._checkpoints += 1
-        self._held = self._checkpoints % self._every == 0
+        self._held = self._checkpoints == 1 or self._checkpoints % self._every == 0
 
     def widen(self) -> None:
         if not self._held:
