@@ -94,9 +94,10 @@ def arm(domain_xml: str, monitor_path: str) -> str:
     """Returns the XML with our monitor, and with its virtio interfaces on QEMU's own backend.
 
     vhost would move packets past QEMU, where no filter holds them. Free page reporting is switched off: what the guest
-    frees would be discarded by QEMU, and each discarded page is a written one for the next checkpoint. Idempotent.
-    Raises Unsupported for an obstacle, for XML that libvirt would not take, or a path that QEMU's option syntax cannot
-    carry.
+    frees would be discarded by QEMU, and each discarded page is a written one for the next checkpoint. Disks leave
+    their iothreads, in which QEMU 10.0 forgets a request over a stop (doc/source/contributor/decisions/iothreads.rst).
+    Idempotent. Raises Unsupported for an obstacle, for XML that libvirt would not take, or a path that QEMU's option
+    syntax cannot carry.
     """
     if why := obstacle(domain_xml):
         raise Unsupported(why)
@@ -107,6 +108,9 @@ def arm(domain_xml: str, monitor_path: str) -> str:
             _child(interface, "driver").set("name", "qemu")
     for balloon in root.findall("./devices/memballoon[@freePageReporting]"):
         balloon.set("freePageReporting", "off")
+    for kind in ("disk", "controller"):
+        for driver in root.findall(f"./devices/{kind}/driver[@iothread]"):
+            del driver.attrib["iothread"]
     _set_arguments(root, [*_foreign_arguments(root), *_monitor_arguments(monitor_path)])
     return _text(root)
 

@@ -150,7 +150,7 @@ class CopiesAtTheStop(CountingMemory):
 
 
 class HeldGate(Gate):
-    """Holds the guest at the first and each `every`th checkpoint, at the end of the device state, until `look` is done."""
+    """Holds the guest at the first and each `every`th checkpoint until `look` is done: at the end of the state."""
 
     def __init__(self, path: str, every: int, look: Callable[[], None]) -> None:
         self._every = every

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,17 @@ from qemu.qmp import QMPClient
 from nova_ftvm.host import procmem, qmp
 from nova_ftvm.host.watchdog import Watchdog
 from nova_ftvm.types import PAGE
-from tests.host.machine import ROOT, die_with_the_tests, wait_for
+from tests.host import machine
+from tests.host.conftest import keeps_ledgers, launcher
+from tests.host.images import Shape, primarys
+from tests.host.machine import ROOT, Network, Qemu, die_with_the_tests, wait_for
 
 RAM_PAGES = 65536
 ROUNDS = 200
 CALLS = 1000
+MOST_STOPS = 1000
+#: A sweep over the disk takes about a second.
+STANDS_STILL_S = 10.0
 
 _HOLDER = """
 import ctypes, mmap, sys
@@ -121,7 +128,41 @@ def watchdog() -> None:
     print(f"watchdog: a stopped process with a limit of 0.5 s dies after {time.monotonic() - start:.4f} s")
 
 
+def iothreads() -> None:
+    """How many stops a guest's busy disk lives through, with an iothread and without. Nothing of ours takes part."""
+    if reason := machine.lacking():
+        print(f"iothreads: {reason}")
+        return
+    for bus in ("iothread", "blk"):
+        network = Network()
+        try:
+            with tempfile.TemporaryDirectory(dir=machine.guest_folder()) as name, ExitStack() as stack:
+                folder = Path(name)
+                launch = launcher(stack, folder, machine.ramdisk(machine.guest_folder()), network)
+                guest = keeps_ledgers(launch, "p", primarys(folder, (Shape("raw", bus),), "a"), ("vda",))
+                stops, went_on = _stop_and_go(guest)
+                print(f"{bus}: the disk {'goes on' if went_on else 'stands still'} after {stops} stops")
+        finally:
+            network.remove()
+
+
+def _stop_and_go(guest: Qemu) -> tuple[int, bool]:
+    """(stops, does the disk still work)"""
+    sweeps, moved = 0, time.monotonic()
+    for stops in range(1, MOST_STOPS + 1):
+        guest.operator.command("stop")
+        guest.operator.command("cont")
+        time.sleep(0.02)
+        now = guest.log().count("sound ledger")
+        if now > sweeps:
+            sweeps, moved = now, time.monotonic()
+        elif time.monotonic() > moved + STANDS_STILL_S:
+            return stops, False
+    return MOST_STOPS, True
+
+
 if __name__ == "__main__":
     standby_memory()
     monitors()
     watchdog()
+    iothreads()

@@ -154,6 +154,16 @@ def test_an_armed_guest_keeps_the_pages_that_it_frees():
         "model": "virtio", "autodeflate": "on", "freePageReporting": "off"}
 
 
+def test_an_armed_guests_disks_leave_their_iothreads_and_keep_the_rest():
+    disks = ("<disk type='file' device='disk'><driver name='qemu' type='raw' cache='none' iothread='1'/>"
+             "<source file='/d'/><target dev='vda' bus='virtio'/></disk>"
+             "<controller type='scsi' model='virtio-scsi'><driver iothread='1' queues='2'/></controller>")
+    armed = ElementTree.fromstring(domain.arm(PLAIN.replace("</devices>", disks + "</devices>"), MONITOR))
+    assert [driver.attrib for driver in armed.iter("driver") if "cache" in driver.attrib or "queues" in driver.attrib][
+        -2:] == [{"name": "qemu", "type": "raw", "cache": "none"}, {"queues": "2"}]
+    assert not [driver for driver in armed.iter("driver") if "iothread" in driver.attrib]
+
+
 def test_arming_twice_is_arming_once():
     once = domain.arm(PLAIN, MONITOR)
     assert domain.arm(once, MONITOR) == once
