@@ -94,6 +94,8 @@ class PrimaryEngine:
     def run(self) -> Phase:
         """Returns the phase in which the protection ended."""
         try:
+            # From the first mirror on, the guest's writes wait for this process.
+            self._watchdog.arm(_COPY_SLACK_S)
             self._mirror.start(self._shallow)
             trip(Fault.MIRROR_STARTED)
             while self._loop.phase not in OVER:

@@ -131,8 +131,11 @@ def first_copies(launch: Callable[..., Qemu], folder: Path, rounds: int) -> dict
         target.write_bytes(b"")
         disks = standbys(own, (COPIED,), "a")
         drop(source[0].path)
-        with protected(guest, launch("b", work=IDLE, extra=arguments(disks), standby=True), until="", **SETTINGS):
+        standby = launch("b", work=IDLE, extra=arguments(disks), standby=True)
+        with protected(guest, standby, until="", **SETTINGS) as pair:
             mirrored.append(COPIED.size / MIB / mirror_takes_s(guest))
+            pair.primary.order("stop", reason="the round is over")
+            pair.primary.hear("ended")
         drop(source[0].path)
         plain.append(COPIED.size / MIB / plain_copy_takes_s(source[0].path, target))
     return {"mirror_mib_s": round(statistics.median(mirrored), 1), "plain_mib_s": round(statistics.median(plain), 1)}
@@ -152,7 +155,7 @@ def mirror_takes_s(guest: Qemu) -> float:
 
     wait_for("the mirror starts", jobs, 60.0, 0.002)
     start = time.monotonic()
-    wait_for("the mirror is ready", lambda: all(job["ready"] for job in jobs()), 300.0, 0.01)
+    wait_for("the mirror is ready", lambda: [job["ready"] for job in jobs()] == [True], 300.0, 0.01)
     return time.monotonic() - start
 
 

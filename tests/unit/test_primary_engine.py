@@ -563,6 +563,14 @@ def test_a_checkpoint_that_qemu_does_not_end_is_given_up(bench: Bench) -> None:
     assert bench.mirror.closed
 
 
+def test_the_watchdog_is_armed_before_the_first_mirror(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    armed: list[bool] = []
+    monkeypatch.setattr(bench.mirror, "start", lambda _: armed.append(bench.watchdog.armed))
+    bench.control.give("fence", reason="over")
+    bench.engine.run()
+    assert armed == [True] and not bench.watchdog.armed
+
+
 def test_every_end_lets_the_mirrors_go(bench: Bench) -> None:
     bench.copy()
     bench.control.give("fence", reason="over")
