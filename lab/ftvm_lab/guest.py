@@ -22,7 +22,7 @@ META_PACKAGE = "linux-image-cloud-amd64"
 BUSYBOX = Path("/usr/bin/busybox")
 MODULES = (
     *("virtio_pci", "virtio_net", "virtio_blk", "virtio-rng", "virtio_balloon"),
-    *("virtio_scsi", "sr_mod", "isofs", "button", "evdev"),
+    *("virtio_scsi", "sd_mod", "sr_mod", "isofs", "button", "evdev"),
 )
 #: file of guest_root -> its place in the ramdisk
 FILES = {

@@ -21,9 +21,12 @@ class FirstCopy:
     """`step` sends a piece; `due` says when it wants to be called again."""
 
     def __init__(self, memory: ports.Memory, mirror: ports.Mirror, stream: DiskStream, fixed: Iterator[DiskWrite],
-                 generation: Generation, frame_limit: int, send: Send, clock: Callable[[], float]) -> None:
-        """fixed: contents of the disks that nobody writes to."""
+                 drain: Callable[[], None], generation: Generation, frame_limit: int, send: Send,
+                 clock: Callable[[], float]) -> None:
+        """fixed: contents of the disks that nobody writes to. drain: returns when all disk requests of before are over.
+        """
         self._mirror = mirror
+        self._drain = drain
         self._stream = stream
         self._fixed = fixed
         self._generation = generation
@@ -62,6 +65,8 @@ class FirstCopy:
     def _copy_memory(self) -> int | None:
         if self._pieces is None:
             self._pass_pages = self._memory.start_pass()
+            # A transfer that was under way when its page was noted ends before the page is read: nothing tells of it.
+            self._drain()
             self._pieces = self._memory.pieces()
         piece = next(self._pieces, None)
         if piece is None:

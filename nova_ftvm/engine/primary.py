@@ -64,7 +64,9 @@ class PrimaryEngine:
         self._mirror = mirror
         self._shallow = shallow
         self._disks = DiskStream(mirror, log_limit, generation, frame_limit, self._send)
-        self._copy = FirstCopy(memory, mirror, self._disks, fixed, generation, frame_limit, self._send, clock)
+        # An empty transaction changes nothing, and waits for the end of all disk requests; the guest runs on.
+        self._copy = FirstCopy(memory, mirror, self._disks, fixed, lambda: monitor.command("transaction", actions=[]),
+                               generation, frame_limit, self._send, clock)
         self._next_progress = self._checkpoint_deadline = clock()
         self._selector = selectors.DefaultSelector()
         self._selector.register(monitor, selectors.EVENT_READ, self._on_monitor)

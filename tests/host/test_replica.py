@@ -21,7 +21,7 @@ Q35 = {"work": f"{CHURN},reads:vda", "machine_type": "q35", "vcpus": 2}
 DIRECT = Shape("raw", size=16 * MIB, ioeventfd=False)
 #: The pages of such a transfer are written when it ends, not when it begins.
 CACHED = dataclasses.replace(DIRECT, cache="writeback")
-SLOW_BYTES_S = 20 * MIB
+SLOW_BYTES_S = 40 * MIB
 LOOKS = 5
 
 slowed = pytest.mark.skipif(not can_be_slowed(guest_folder()), reason="no control group can slow this disk down")

@@ -114,7 +114,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 def test_the_first_copy_goes_out_before_anything_is_held(bench: Bench) -> None:
     bench.copy()
     assert set(bench.peer.kinds()) == {"PRELOAD", "DISK_PRELOAD"}
-    assert bench.qemu.sent == ["install", "barrier", "save"]
+    assert [sent for sent in bench.qemu.sent if sent != "transaction"] == ["install", "barrier", "save"]
     assert bench.watchdog.armed
 
 
@@ -412,6 +412,18 @@ def test_disks_are_copied_before_ram(bench: Bench) -> None:
     bench.clock.now += 0.2
     bench.copy()
     assert set(bench.peer.kinds()) == {"PRELOAD"}
+
+
+def test_each_pass_over_ram_is_read_after_the_disks_transfers_are_over(bench: Bench,
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    for name in ("take_existing", "take_written", "read"):
+        original = getattr(bench.memory, name)
+        monkeypatch.setattr(bench.memory, name, lambda *a, n=name, o=original: (done.append(n), o(*a))[1])
+    command = bench.qemu.command
+    monkeypatch.setattr(bench.qemu, "command", lambda c, **facts: (done.append(c), command(c, **facts))[1])
+    bench.copy()
+    assert done[:3] == ["take_existing", "transaction", "read"] and done[-1] != "take_written"
 
 
 def test_the_first_copys_progress_counts_the_disks(bench: Bench) -> None:
