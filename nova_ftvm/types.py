@@ -16,6 +16,8 @@ Generation = NewType("Generation", int)
 #: Number of a checkpoint within a generation; the first is 1.
 Epoch = NewType("Epoch", int)
 
+Buffer = bytes | bytearray | memoryview
+
 #: Bytes of a guest page: the unit of dirty tracking.
 PAGE = 4096
 

@@ -7,11 +7,9 @@ belongs to. What the log owns is the boundary between epochs, and the bound on w
 import dataclasses
 import enum
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-from nova_ftvm.types import Epoch
-
-Buffer = bytes | bytearray | memoryview
+from nova_ftvm.types import Buffer, Epoch
 
 
 class DiskOp(enum.IntEnum):
@@ -43,6 +41,17 @@ ENTRY_BYTES = 64
 def weight(write: DiskWrite) -> int:
     """Bytes of memory that a write on its way takes."""
     return ENTRY_BYTES + len(write.contents)
+
+
+def split(write: DiskWrite, most: int) -> Iterator[DiskWrite]:
+    """The same write in parts of at most `most` bytes of the disk: in nearly every case the write itself."""
+    if write.length <= most:
+        yield write
+        return
+    contents = memoryview(write.contents)
+    for done in range(0, write.length, most):
+        length = min(most, write.length - done)
+        yield DiskWrite(write.disk, write.op, write.offset + done, length, contents[done:done + length])
 
 
 class DiskLog:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from nova_ftvm.core.disk import DiskOp, DiskWrite
+from nova_ftvm.core.disk import DiskOp, DiskWrite, split
 from nova_ftvm.exception import ProtocolError
 
 _GREETING = struct.Struct(">8s8sH")
@@ -272,14 +272,7 @@ class Client:
 
     def pieces(self, write: DiskWrite) -> Iterator[DiskWrite]:
         """The write in pieces that the server takes."""
-        most = self.max_payload if write.op is DiskOp.WRITE else _MOST_BYTES_WITHOUT_CONTENTS
-        if write.length <= most:
-            yield write
-            return
-        contents = memoryview(write.contents)
-        for done in range(0, write.length, most):
-            length = min(most, write.length - done)
-            yield DiskWrite(write.disk, write.op, write.offset + done, length, contents[done:done + length])
+        return split(write, self.max_payload if write.op is DiskOp.WRITE else _MOST_BYTES_WITHOUT_CONTENTS)
 
     def received(self, came: bytes) -> list[tuple[DiskWrite, int]]:
         """The requests that are answered now, each with its error number; 0 for a request that was done."""

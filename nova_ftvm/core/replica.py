@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from nova_ftvm.core import dirty, wire
 from nova_ftvm.core.disk import DiskWrite
 from nova_ftvm.exception import ProtocolError
-from nova_ftvm.types import Disk, Epoch, RamBlock
+from nova_ftvm.types import Buffer, Disk, Epoch, RamBlock
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,6 +90,6 @@ class Replica:
 
     def _forget(self) -> None:
         self._staged: list[dirty.Pages] = []
-        self._staged_state: list[wire.Buffer] = []
+        self._staged_state: list[Buffer] = []
         self._staged_writes: list[DiskWrite] = []
         self._disk_frames = 0

@@ -36,9 +36,9 @@ from typing import Any
 import numpy as np
 
 from nova_ftvm.core import dirty
-from nova_ftvm.core.disk import DiskOp, DiskWrite
+from nova_ftvm.core.disk import DiskOp, DiskWrite, split
 from nova_ftvm.exception import ProtocolError, StaleGeneration
-from nova_ftvm.types import PAGE, Disk, Epoch, Generation, RamBlock
+from nova_ftvm.types import PAGE, Buffer, Disk, Epoch, Generation, RamBlock
 
 VERSION = 2
 CHALLENGE_BYTES = 32
@@ -53,8 +53,6 @@ _DISK = struct.Struct(">II")
 _WRITE = struct.Struct(">HHIQ")
 _COMMIT = struct.Struct(">IQQ")
 HEADER_BYTES = _HEADER.size + _CRC.size
-
-Buffer = bytes | bytearray | memoryview
 
 
 class Kind(enum.IntEnum):
@@ -137,16 +135,7 @@ def decode_pages(frame: Frame, blocks: Sequence[RamBlock]) -> dirty.Pages:
 def fitting(writes: Iterable[DiskWrite], limit: int) -> list[DiskWrite]:
     """The same writes, each small enough for a frame: in nearly every case they are already."""
     most = limit - HEADER_BYTES - _DISK.size - _WRITE.size
-    fit: list[DiskWrite] = []
-    for write in writes:
-        if len(write.contents) <= most:
-            fit.append(write)
-            continue
-        view = memoryview(write.contents)
-        for done in range(0, write.length, most):
-            part = view[done:done + most]
-            fit.append(DiskWrite(write.disk, write.op, write.offset + done, len(part), part))
-    return fit
+    return [part for write in writes for part in (split(write, most) if write.op is DiskOp.WRITE else (write,))]
 
 
 def encode_disk(kind: Kind, generation: Generation, epoch: Epoch, writes: Iterable[DiskWrite],

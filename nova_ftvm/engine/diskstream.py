@@ -11,9 +11,9 @@ from nova_ftvm import ports
 from nova_ftvm.core import wire
 from nova_ftvm.core.disk import DiskLog, DiskWrite
 from nova_ftvm.core.epoch import PAUSED, Phase
-from nova_ftvm.types import Epoch, Generation
+from nova_ftvm.types import Buffer, Epoch, Generation
 
-Send = Callable[[list[wire.Buffer]], None]
+Send = Callable[[list[Buffer]], None]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,13 +59,14 @@ class DiskStream:
             self.preload(writes)
         else:
             self._log.add(writes)
-            self._ship(wire.Kind.DISK, self._log.epoch, writes)
+            frames, number = self._ship(wire.Kind.DISK, self._log.epoch, writes)
+            self._frames += frames
+            self._writes += number
         self._mirror.confirm()
 
     def preload(self, writes: Sequence[DiskWrite]) -> None:
         """Sends what the replica takes at once, and what no epoch counts."""
         self._ship(wire.Kind.DISK_PRELOAD, Epoch(0), writes)
-        self._frames = self._writes = 0
 
     def cut(self) -> Cut:
         """The epoch's writes end here."""
@@ -81,9 +82,11 @@ class DiskStream:
         self.open = False
         self._mirror.close()
 
-    def _ship(self, kind: wire.Kind, epoch: Epoch, writes: Sequence[DiskWrite]) -> None:
+    def _ship(self, kind: wire.Kind, epoch: Epoch, writes: Sequence[DiskWrite]) -> tuple[int, int]:
+        """Returns (frames, writes) on the wire."""
         fit = wire.fitting(writes, self._frame_limit)
-        self._writes += len(fit)
+        frames = 0
         for buffers in wire.encode_disk(kind, self._generation, epoch, fit, self._frame_limit):
             self._send(buffers)
-            self._frames += 1
+            frames += 1
+        return frames, len(fit)

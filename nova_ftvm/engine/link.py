@@ -8,17 +8,15 @@ import dataclasses
 import os
 import socket
 import time
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 from nova_ftvm.core import wire
+from nova_ftvm.core.outbox import Outbox
 from nova_ftvm.exception import FtvmError, ProtocolError
-from nova_ftvm.types import Epoch, Generation
+from nova_ftvm.types import Buffer, Epoch, Generation
 
 _CHUNK = 1 << 20
-#: The kernel's IOV_MAX.
-_MOST_BUFFERS = 1024
 GREETING_TIMEOUT_S = 5.0
 
 
@@ -35,9 +33,7 @@ class Link:
         self._socket = connection
         self._generation = generation
         self._decoder = wire.Decoder(generation, limit)
-        self._queue: deque[memoryview] = deque()
-        #: Bytes that the kernel has not taken yet.
-        self.queued = 0
+        self._queue = Outbox()
         self._early: list[wire.Frame] = []
 
     def fileno(self) -> int:
@@ -48,14 +44,19 @@ class Link:
         """Everything is with the kernel."""
         return not self._queue
 
+    @property
+    def queued(self) -> int:
+        """Bytes that the kernel has not taken yet."""
+        return self._queue.size
+
     def widen(self, limit: int) -> None:
         """The peer has proved itself: frames up to `limit` bytes may come."""
         self._decoder.limit = limit
 
-    def send(self, buffers: list[wire.Buffer]) -> None:
+    def send(self, buffers: list[Buffer]) -> None:
         """Queues one frame and sends what can be sent now."""
-        self._queue.extend(memoryview(buffer) for buffer in buffers if len(buffer))
-        self.queued += sum(len(buffer) for buffer in buffers)
+        for buffer in buffers:
+            self._queue.add(buffer)
         self.flush()
 
     def send_bare(self, kind: wire.Kind, epoch: Epoch = Epoch(0)) -> None:
@@ -64,14 +65,12 @@ class Link:
 
     def flush(self) -> None:
         while self._queue:
-            batch = [self._queue[i] for i in range(min(len(self._queue), _MOST_BUFFERS))]
             try:
-                sent = self._socket.sendmsg(batch)
+                self._queue.sent(self._socket.sendmsg(self._queue.batch()))
             except BlockingIOError:
                 return
             except OSError as error:
                 raise PeerLost(f"the connection broke: {error.strerror}") from error
-            self._drop(sent)
 
     def receive(self) -> list[wire.Frame]:
         """The frames that are whole now. Raises PeerLost when the connection ended, ProtocolError for a bad frame."""
@@ -99,15 +98,6 @@ class Link:
 
     def close(self) -> None:
         self._socket.close()
-
-    def _drop(self, sent: int) -> None:
-        self.queued -= sent
-        while sent:
-            head = self._queue.popleft()
-            if len(head) > sent:
-                self._queue.appendleft(head[sent:])
-                return
-            sent -= len(head)
 
 
 def dial(address: str, port: int, generation: Generation, hello: wire.Hello, token: str,

@@ -22,7 +22,7 @@ from nova_ftvm.engine.firstcopy import FirstCopy
 from nova_ftvm.engine.link import Link, PeerLost
 from nova_ftvm.engine.stats import EpochLog
 from nova_ftvm.exception import GuestGone, MirrorLost, ProtocolError, QemuError
-from nova_ftvm.types import Generation, Grant
+from nova_ftvm.types import Buffer, Generation, Grant
 
 LOG = logging.getLogger(__name__)
 
@@ -322,7 +322,7 @@ class PrimaryEngine:
     def _say(self, kind: wire.Kind) -> None:
         self._send(wire.encode(kind, self._generation, self._loop.epoch))
 
-    def _send(self, buffers: list[wire.Buffer]) -> None:
+    def _send(self, buffers: list[Buffer]) -> None:
         """A peer that is lost here is no error of the act that sends: the loop decides what it means."""
         if not self._linked:
             return

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from nova_ftvm.core import nbd
 from nova_ftvm.core.disk import DiskWrite, weight
+from nova_ftvm.core.outbox import Outbox
 from nova_ftvm.exception import FtvmError, MirrorLost, ProtocolError, ReplicaFailed
 from nova_ftvm.types import Disk
 
@@ -182,7 +183,7 @@ class NbdClient:
         self._disk = disk
         self._session = nbd.Client(str(number))
         self._queue: deque[DiskWrite] = deque()
-        self._sending: deque[memoryview] = deque()
+        self._sending = Outbox()
         #: Bytes handed in and not yet written.
         self.backlog = 0
         self._socket = socket.socket(socket.AF_UNIX)
@@ -252,22 +253,15 @@ class NbdClient:
         queue, session = self._queue, self._session
         while queue and session.may_send(queue[0]):
             write = queue.popleft()
-            self._sending.append(memoryview(session.request(write)))
-            if write.contents:
-                self._sending.append(memoryview(write.contents))
+            self._sending.add(session.request(write))
+            self._sending.add(write.contents)
 
     def _send(self) -> None:
         while self._sending:
             try:
-                sent = self._socket.sendmsg(list(self._sending))
+                self._sending.sent(self._socket.sendmsg(self._sending.batch()))
             except BlockingIOError:
                 return
-            while sent:
-                head = self._sending.popleft()
-                if len(head) > sent:
-                    self._sending.appendleft(head[sent:])
-                    break
-                sent -= len(head)
 
 
 def _listen(path: str, owner: tuple[int, int]) -> socket.socket:

@@ -6,7 +6,7 @@ import numpy as np
 
 from nova_ftvm.core import dirty, wire
 from nova_ftvm.core.disk import DiskOp, DiskWrite
-from nova_ftvm.types import PAGE, Disk, Epoch, Generation, RamBlock
+from nova_ftvm.types import PAGE, Buffer, Disk, Epoch, Generation, RamBlock
 
 GENERATION = Generation(7)
 LIMIT = 1 << 20
@@ -30,7 +30,7 @@ def pages(numbers: list[int], value: int = 1, block: int = 0) -> dirty.Pages:
                        np.full(len(numbers) * PAGE, value, np.uint8))
 
 
-def join(buffers: list[wire.Buffer]) -> bytes:
+def join(buffers: list[Buffer]) -> bytes:
     return b"".join(bytes(buffer) for buffer in buffers)
 
 
