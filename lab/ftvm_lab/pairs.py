@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ftvm_lab.command import LabError
 from ftvm_lab.figures import quantile
@@ -34,10 +35,19 @@ class Checkpoints:
 
 def timeline(layout: Layout, server_id: str) -> Timeline:
     """How the server's last failover went, as the manager recorded it."""
-    argv = ["nova-ftvm-manage", "--config-file", str(manager_file(layout))]
-    row = json.loads(Machine(layout, CONTROL).call([*argv, "pair", "show", server_id, "--json"]))
-    steps = row["timeline"]
+    steps = _row(layout, server_id)["timeline"]
     return Timeline(*(steps.get(name) for name in Timeline.__dataclass_fields__))
+
+
+def generation(layout: Layout, server_id: str) -> int:
+    """Grows with each change of who protects the server, and with each end of that."""
+    return int(_row(layout, server_id)["generation"])
+
+
+def _row(layout: Layout, server_id: str) -> dict[str, Any]:
+    argv = ["nova-ftvm-manage", "--config-file", str(manager_file(layout))]
+    row: dict[str, Any] = json.loads(Machine(layout, CONTROL).call([*argv, "pair", "show", server_id, "--json"]))
+    return row
 
 
 def checkpoints(layout: Layout, node: Node, server_id: str) -> Checkpoints:

@@ -7,6 +7,9 @@ import oslo_messaging
 from nova_ftvm.rpc import common
 from nova_ftvm.types import Generation, InstanceId, PairId
 
+#: For questions: whether a server can ever be protected hangs on the first, and no harm is in asking twice.
+_TRIES = 3
+
 
 class AgentApi(Protocol):
     """The agent's methods, as the RPC server exposes them (each also takes `context` first)."""
@@ -46,10 +49,10 @@ class AgentClient:
         self._client = common.Client(transport, common.AGENT_TOPIC, timeout_s)
 
     def prepare_domain(self, host: str, instance_id: InstanceId) -> dict[str, Any]:
-        return self._client.call("prepare_domain", server=host, instance_id=instance_id)
+        return self._client.call("prepare_domain", server=host, tries=_TRIES, instance_id=instance_id)
 
     def describe_domain(self, host: str, instance_id: InstanceId) -> dict[str, Any]:
-        return self._client.call("describe_domain", server=host, instance_id=instance_id)
+        return self._client.call("describe_domain", server=host, tries=_TRIES, instance_id=instance_id)
 
     def start_backup(self, host: str, pair_id: PairId, generation: Generation, instance_id: InstanceId,
                      token: str) -> dict[str, Any]:

@@ -5,6 +5,9 @@ from typing import Any
 
 import oslo_messaging
 from oslo_config import cfg
+from oslo_log import log
+
+LOG = log.getLogger(__name__)
 
 EXCHANGE = "nova_ftvm"
 MANAGER_TOPIC = "ftvm_manager"
@@ -36,9 +39,22 @@ class Client:
         target = oslo_messaging.Target(exchange=EXCHANGE, topic=topic, version=VERSION)
         # Without a limit the sending itself would wait for a broker that is away, whatever the answer's deadline.
         self._client = oslo_messaging.get_rpc_client(transport, target, retry=1)
+        self._topic = topic
         self._timeout_s = timeout_s
 
-    def call(self, method: str, server: str | None = None, timeout_s: float | None = None, **arguments: Any) -> Any:
-        timeout = self._timeout_s if timeout_s is None else timeout_s
+    def call(self, method: str, server: str | None = None, timeout_s: float | None = None, tries: int = 1,
+             **arguments: Any) -> Any:
+        """tries: the call's deadline is shared by so many, for what may well be done twice.
+
+        The broker deals a queue's messages out in turn among its consumers, and a host that lost its power is one of
+        them until its heartbeats are missed: what is dealt to the dead is lost in time, though the host may be back.
+        """
+        timeout = (self._timeout_s if timeout_s is None else timeout_s) / tries
         prepared = self._client.prepare(server=server, timeout=timeout)
+        for _ in range(tries - 1):
+            try:
+                return prepared.call({}, method, **arguments)
+            except oslo_messaging.MessagingTimeout:
+                LOG.info("%s of %s has no answer to %s within %.1f s and is asked again", self._topic,
+                         server or "any host", method, timeout)
         return prepared.call({}, method, **arguments)

@@ -3,6 +3,7 @@
 import threading
 import time
 
+import oslo_messaging
 import pytest
 from oslo_config import cfg
 from oslo_messaging import transport
@@ -12,6 +13,7 @@ from nova_ftvm.failover.service import Service
 from nova_ftvm.failover.settings import Settings
 from nova_ftvm.rpc import common, notifications
 from nova_ftvm.rpc import server as rpc_server
+from nova_ftvm.rpc.agent import AgentClient
 from nova_ftvm.rpc.manager import ManagerApi, ManagerClient
 from nova_ftvm.types import PairState
 from tests.unit.failover_world import VM, World
@@ -113,3 +115,45 @@ def test_the_threads_protect_a_server_that_a_notification_names(world):
     finally:
         service.stop()
     assert world.pair.state is PairState.PENDING
+
+
+class _Forgetful:
+    """An agent of whose messages the first ones go to its dead self."""
+
+    def __init__(self, deaf):
+        self.deaf = deaf
+        self.asked = 0
+
+    def prepare_domain(self, context, instance_id):
+        self.asked += 1
+        if self.asked <= self.deaf:
+            time.sleep(0.5)
+        return {"capable": True, "asked": self.asked}
+
+
+@pytest.fixture
+def forgetful(conf):
+    def make(deaf):
+        wire = common.transport(conf)
+        agent = _Forgetful(deaf)
+        server = oslo_messaging.get_rpc_server(
+            wire, oslo_messaging.Target(exchange=common.EXCHANGE, topic=common.AGENT_TOPIC, server="hx"), [agent],
+            access_policy=oslo_messaging.DefaultRPCAccessPolicy)
+        server.start()
+        servers.append(server)
+        return AgentClient(wire, 0.6)
+
+    servers = []
+    yield make
+    for server in servers:
+        server.stop()
+        server.wait()
+
+
+def test_a_question_that_went_to_a_dead_agents_queue_is_asked_again(forgetful):
+    assert forgetful(deaf=2).prepare_domain("hx", VM) == {"capable": True, "asked": 3}
+
+
+def test_a_question_is_not_asked_for_ever(forgetful):
+    with pytest.raises(oslo_messaging.MessagingTimeout):
+        forgetful(deaf=3).prepare_domain("hx", VM)
