@@ -2,8 +2,10 @@
 # lab         brings the lab up; ftvm-lab in build/venv/bin talks to it
 # demo        kills a protected server's host under traffic, RUNS times
 # survival    kills the hosts of a protected database in turn under load, KILLS times
+# torture     does everything to a protected register that can go wrong, for MINUTES, and checks what its clients saw
 # bench-disk  measures what the replication of disks costs, without an OpenStack; prints a table
 # test        lint, then all tests; takes the lab down before and after
+# trials      the longest tests, each operation and each fault on a whole OpenStack; not among 'test'
 # clean       takes the lab down and removes what was built
 
 SHELL := /bin/bash
@@ -11,11 +13,12 @@ BIN := $(CURDIR)/build/venv/bin
 PYTEST := $(BIN)/python -m pytest
 RUNS ?= 1
 KILLS ?= 50
+MINUTES ?= 30
 TEST_LAB_DIR ?= /var/tmp/ftvm-lab-test
 
 export PATH := $(BIN):$(PATH)
 
-.PHONY: setup lab demo survival bench-disk test lint clean
+.PHONY: setup lab demo survival torture bench-disk test trials lint clean
 
 setup:
 	@lab/setup.sh
@@ -28,6 +31,9 @@ demo: setup
 
 survival: setup
 	@python -m ftvm_lab.survival --kills $(KILLS) --output build/survival.json
+
+torture: setup
+	@python -m ftvm_lab.torture --minutes $(MINUTES) --output build/torture.json
 
 bench-disk: setup
 	@python -m tests.host.bench_disk --output build/bench-disk.json
@@ -43,9 +49,14 @@ test: export FTVM_LAB_DIR := $(TEST_LAB_DIR)
 test: lint
 	@set -e; ftvm-lab down --wipe; trap 'ftvm-lab down --wipe' EXIT; \
 	timeout 300 $(PYTEST) tests/unit; \
+	timeout 600 $(PYTEST) tests/model; \
 	timeout 1200 $(PYTEST) tests/host; \
-	timeout 900 $(PYTEST) tests/functional; \
-	timeout 1500 $(PYTEST) tests/system
+	timeout 1200 $(PYTEST) tests/functional; \
+	timeout 1800 $(PYTEST) tests/system -m "not trial"
+
+trials: export FTVM_LAB_DIR := $(TEST_LAB_DIR)
+trials: setup
+	@set -e; ftvm-lab down --wipe; trap 'ftvm-lab down --wipe' EXIT; $(PYTEST) tests/system -m trial
 
 clean:
 	@if [ -x $(BIN)/ftvm-lab ]; then ftvm-lab down --wipe; fi

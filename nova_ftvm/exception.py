@@ -9,6 +9,10 @@ class Unsupported(FtvmError):
     """The host, QEMU or the server lacks something that protection needs. Not a fault: say so and go on."""
 
 
+class InTheWay(FtvmError):
+    """Something stands where a standby is to be, or a mirror. It may be gone at the next try."""
+
+
 class ProtocolError(FtvmError):
     """The peer sent what no correct peer sends. The connection ends; nothing of it was applied."""
 

@@ -3,10 +3,11 @@
 import argparse
 import os
 import sys
+import time
 
-from ftvm_lab import cloud, computes, control, lab, network
+from ftvm_lab import cloud, computes, control, faults, lab, network, strikes
 from ftvm_lab.command import LabError, Progress
-from ftvm_lab.layout import CLIENT, COMPUTE_NAMES, CONTROL, Layout, Node, compute
+from ftvm_lab.layout import CLIENT, COMPUTE_NAMES, CONTROL, DATA, Layout, Node, compute
 from ftvm_lab.machine import Machine
 
 MACHINES = (*COMPUTE_NAMES, CONTROL.name)
@@ -48,15 +49,22 @@ def _parser() -> argparse.ArgumentParser:
         ("kill", _kill, "take a compute host's power away"),
         ("power-on", _power_on, "give it back"),
         ("cut", _cut, "cut a compute host's data link"),
-        ("heal", _heal, "mend it"),
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("node", choices=COMPUTE_NAMES)
         command.set_defaults(action=action)
+    heal = commands.add_parser("heal", help="undo all faults of a machine: links, power, stopped programs, full disk")
+    heal.add_argument("node", choices=MACHINES)
+    heal.set_defaults(action=_heal)
+    fault = commands.add_parser("fault", help="inject a fault into a protected server's hosts, and heal it")
+    fault.add_argument("name", choices=faults.FAULTS, metavar="NAME", help="; ".join(faults.FAULTS))
+    fault.add_argument("server", help="name or UUID")
+    fault.add_argument("--seconds", type=float, help="how long it lasts; an interrupt heals it at once")
+    fault.set_defaults(action=_fault)
     for name, action in (("start", _start), ("stop", _stop)):
         command = commands.add_parser(name, help=f"{name} one service of a machine")
         command.add_argument("node", choices=MACHINES)
-        command.add_argument("service", choices=(*computes.services(plain=False), control.MANAGER))
+        command.add_argument("service", choices=(*computes.services(plain=False), *control.STARTERS))
         command.set_defaults(action=action)
     logs = commands.add_parser("logs", help="a machine's logs")
     logs.add_argument("node", choices=MACHINES)
@@ -70,9 +78,9 @@ def _node(name: str) -> Node:
 
 
 def _machine_of_service(layout: Layout, arguments: argparse.Namespace) -> Machine:
-    """The manager is on the control machine only, everything else on the hosts."""
+    """Some are on the control machine only, the others on the hosts."""
     node = _node(arguments.node)
-    if (node == CONTROL) != (arguments.service == control.MANAGER):
+    if (node == CONTROL) != (arguments.service in control.STARTERS):
         raise LabError(f"{arguments.service} does not belong to {node.name}")
     return Machine(layout, node)
 
@@ -133,17 +141,35 @@ def _power_on(layout: Layout, arguments: argparse.Namespace) -> None:
 
 
 def _cut(layout: Layout, arguments: argparse.Namespace) -> None:
-    network.set_data_link(compute(arguments.node), up=False)
+    network.set_link(compute(arguments.node), DATA, up=False)
 
 
 def _heal(layout: Layout, arguments: argparse.Namespace) -> None:
-    network.set_data_link(compute(arguments.node), up=True)
+    _require(CONTROL.namespace)
+    strikes.mend(layout, _node(arguments.node))
+
+
+def _fault(layout: Layout, arguments: argparse.Namespace) -> None:
+    _require(CONTROL.namespace)
+    cloud.enter_control()
+    fault = faults.FAULTS[arguments.name]
+    server = cloud.connect(layout).compute.find_server(arguments.server, ignore_missing=False, all_projects=True)
+    scene = faults.scene_of(layout, server.id)
+    print(f"{fault.what} The guest is on {scene.primary.name}, its backup on {scene.backup.name}.", flush=True)
+    heal = fault.strike(scene)
+    try:
+        time.sleep(fault.lasts_s[0] if arguments.seconds is None else arguments.seconds)
+    except KeyboardInterrupt:
+        print()
+    finally:
+        heal()
+    print("healed", flush=True)
 
 
 def _start(layout: Layout, arguments: argparse.Namespace) -> None:
     machine = _machine_of_service(layout, arguments)
     if machine.node == CONTROL:
-        control.start_manager(machine)
+        control.start(machine, arguments.service)
     else:
         computes.start(machine, arguments.service)
 

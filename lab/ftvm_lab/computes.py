@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ftvm_lab import network
+from ftvm_lab import clocks, network, storage
 from ftvm_lab.command import LabError, wait_until
 from ftvm_lab.ftvm_settings import FILE_NAME
 from ftvm_lab.layout import BACKGROUND, Layout, Node
@@ -10,12 +10,14 @@ from ftvm_lab.machine import Machine
 
 AGENT = "nova-ftvm-agent"
 COMPUTE = "nova-compute"
+LIBVIRTD = "libvirtd"
+REMOTE = "remote"
 LIBVIRT_SOCKET = "run/libvirt/libvirt-sock"
 
 
 def services(plain: bool) -> tuple[str, ...]:
     """In the order of their start."""
-    return ("taps", "libvirtd", *(() if plain else (AGENT,)), COMPUTE)
+    return ("taps", REMOTE, LIBVIRTD, *(() if plain else (AGENT,)), COMPUTE)
 
 
 def is_plain(layout: Layout) -> bool:
@@ -32,8 +34,10 @@ def boot(layout: Layout, node: Node) -> None:
     """Boots the host, and starts what needs no API; libvirtd answers when it returns."""
     if node.namespace in network.namespaces():
         raise LabError(f"{node.name} is on already")
-    for name in ("log", "locks", "nova/instances"):
+    for name in ("log", "locks"):
         (layout.outside(node) / name).mkdir(parents=True, exist_ok=True)
+    storage.attach(layout, node)
+    clocks.install(layout, node)
     network.create_host(node)
     machine = Machine(layout, node)
     machine.boot()
@@ -44,17 +48,25 @@ def boot(layout: Layout, node: Node) -> None:
 
 def start(machine: Machine, service: str) -> None:
     niceness = BACKGROUND if service == COMPUTE else 0
-    machine.start(service, _command(machine.layout, service), niceness=niceness)
-    if service == "libvirtd":
+    environment = clocks.environment(machine.layout) if service in (AGENT, COMPUTE) else {}
+    if service == COMPUTE:
+        environment["RSYNC_RSH"] = " ".join(remote_shell(machine.layout))
+    machine.start(service, _command(machine.layout, service), niceness=niceness, environment=environment)
+    if service == LIBVIRTD:
         socket = Path(f"/proc/{machine.pid1()}/root") / LIBVIRT_SOCKET
         wait_until(f"libvirtd on {machine.node.name}", socket.exists, timeout_s=30)
+
+
+def remote_shell(layout: Layout) -> list[str]:
+    return [str(layout.venv / "bin/python"), "-m", "ftvm_lab.remote"]
 
 
 def _command(layout: Layout, service: str) -> list[str]:
     programs = layout.venv / "bin"
     commands = {
         "taps": [str(programs / "python"), "-m", "ftvm_lab.taps"],
-        "libvirtd": ["/usr/sbin/libvirtd", "--listen"],
+        REMOTE: remote_shell(layout),
+        LIBVIRTD: ["/usr/sbin/libvirtd", "--listen"],
         AGENT: [str(programs / AGENT), "--config-file", str(layout.host / FILE_NAME)],
         COMPUTE: [
             *(str(programs / COMPUTE), "--config-file", str(layout.host / "nova.conf")),

@@ -2,18 +2,19 @@
 
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
-from ftvm_lab import ftvm_settings
+from ftvm_lab import databases
 from ftvm_lab.command import LabError, wait_until
 from ftvm_lab.endpoints import GLANCE, KEYSTONE, NEUTRON, NOVA, PLACEMENT, Api
+from ftvm_lab.ftvm_settings import MANAGERS, manager_file
 from ftvm_lab.layout import BACKGROUND, Layout
 from ftvm_lab.machine import Machine
 
-MANAGER = "nova-ftvm-manager"
+MANAGER = MANAGERS[0]
 SERVICES = (
-    *("rabbitmq", "mariadb", "keystone", "placement", "glance", "neutron", "nova"),
+    *(databases.RABBIT, databases.MARIADB, "keystone", "placement", "glance", "neutron", "nova"),
     *("nova-conductor", "nova-scheduler"),
 )
 API_TIMEOUT_S = 90
@@ -63,11 +64,28 @@ def start_nova_workers(control: Machine) -> None:
         )
 
 
-def start_manager(control: Machine) -> None:
+def start_manager(control: Machine, name: str = MANAGER) -> None:
+    """Its tables first, if it is the first one."""
     layout = control.layout
-    file = str(ftvm_settings.manager_file(layout))
-    control.call(["nova-ftvm-manage", "--config-file", file, "db", "sync"])
-    control.start(MANAGER, [str(layout.venv / "bin" / MANAGER), "--config-file", file])
+    file = str(manager_file(layout, name))
+    if name == MANAGER:
+        control.call(["nova-ftvm-manage", "--config-file", file, "db", "sync"])
+    control.start(name, [str(layout.venv / "bin" / MANAGER), "--config-file", file])
+
+
+#: The services whose loss is a fault of its own, and how they are started again.
+STARTERS: dict[str, Callable[[Machine], None]] = {
+    databases.RABBIT: databases.start_rabbit,
+    databases.MARIADB: databases.start_mariadb,
+    **{name: partial(start_manager, name=name) for name in MANAGERS},
+}
+
+
+def start(control: Machine, service: str) -> None:
+    """Starts one of STARTERS; returns when it can be used."""
+    STARTERS[service](control)
+    if service not in MANAGERS:
+        databases.wait(control)
 
 
 def wait_for_apis(control: Machine, apis: Iterable[Api]) -> None:

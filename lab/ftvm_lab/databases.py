@@ -11,6 +11,7 @@ from ftvm_lab.endpoints import AUTH_URL, CONTROL_ADDRESS, RABBIT_PORT, database_
 from ftvm_lab.layout import PASSWORD, REGION, Layout
 from ftvm_lab.machine import Machine
 
+RABBIT, MARIADB = "rabbitmq", "mariadb"
 DATABASES = (
     *("keystone", "placement", "glance", "neutron"),
     *("nova_api", "nova", "nova_cell0", "ftvm"),
@@ -20,24 +21,29 @@ SCHEMA_TIMEOUT_S = 240
 
 
 def start(control: Machine) -> None:
-    _start_rabbit(control)
-    _start_mariadb(control)
-
-
-def _start_rabbit(control: Machine) -> None:
     """Begins with an empty broker: no message outlives the lab."""
+    shutil.rmtree(_broker_home(control.layout), ignore_errors=True)
+    start_rabbit(control)
+    start_mariadb(control)
+
+
+def _broker_home(layout: Layout) -> Path:
+    return layout.state / "rabbit"
+
+
+def start_rabbit(control: Machine) -> None:
+    """With what the broker keeps over its own death."""
     layout = control.layout
-    home = layout.state / "rabbit"
-    shutil.rmtree(home, ignore_errors=True)
-    home.mkdir(parents=True)
+    home = _broker_home(layout)
+    home.mkdir(parents=True, exist_ok=True)
     control.start(
-        "rabbitmq",
+        RABBIT,
         [str(RABBIT_START)],
         environment={"HOME": str(home), "RABBITMQ_CONF_ENV_FILE": str(layout.conf / "rabbit" / "env.conf")},
     )
 
 
-def _start_mariadb(control: Machine) -> None:
+def start_mariadb(control: Machine) -> None:
     layout = control.layout
     data = layout.state / "mysql"
     if not (data / "mysql").is_dir():
@@ -48,12 +54,12 @@ def _start_mariadb(control: Machine) -> None:
             ]
         )
     control.start(
-        "mariadb",
+        MARIADB,
         [
             *("/usr/sbin/mariadbd", "--no-defaults", "--user=root", f"--datadir={data}"),
             *(f"--socket={layout.sockets / 'mysql.sock'}", "--skip-networking"),
-            # The lab's data need not survive the machine: no waiting for the disk.
-            *("--innodb-flush-log-at-trx-commit=0", "--sync-binlog=0", "--skip-log-bin"),
+            # The lab's data must survive the program, but need not survive the machine: no waiting for the disk.
+            *("--innodb-flush-log-at-trx-commit=2", "--sync-binlog=0", "--skip-log-bin"),
             *("--innodb-buffer-pool-size=128M", "--max-connections=500"),
             *("--character-set-server=utf8mb3", f"--log-error={layout.log / 'mariadb.log'}"),
         ],

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from openstack.compute.v2.server import Server
 
-from ftvm_lab import cloud, computes, lab, network, pairs
+from ftvm_lab import cloud, computes, lab, network, pairs, strikes
 from ftvm_lab.client import PORT, Report
 from ftvm_lab.cloud import Client
-from ftvm_lab.command import LabError, Progress
-from ftvm_lab.layout import COMPUTES, Layout, compute
-from ftvm_lab.pairs import Checkpoints, Timeline
+from ftvm_lab.command import LabError, Progress, wait_until
+from ftvm_lab.layout import COMPUTES, CONTROL, Layout, compute
+from ftvm_lab.pairs import Checkpoints, Pair, Timeline
 from ftvm_lab.seed import IMAGE, NETWORK
 from ftvm_lab.servers import STATE_KEY, Servers
 from ftvm_lab.traffic import Traffic, measure, wait_for_guest
@@ -99,10 +99,9 @@ def prepare(layout: Layout, progress: Progress) -> float:
 
 
 def clear(layout: Layout) -> None:
-    """Undoes what an interrupted scenario left: dead hosts, and the plain user's servers."""
-    for node in COMPUTES:
-        if node.namespace not in network.namespaces():
-            computes.power_on(layout, node)
+    """Undoes what an interrupted scenario left: faults, dead hosts, and the plain user's servers."""
+    for node in (CONTROL, *COMPUTES):
+        strikes.mend(layout, node)
     for server in cloud.connect(layout, "demo").compute.servers():
         Servers(cloud.connect(layout)).delete(server.id)
     Servers(cloud.connect(layout)).wait_until_clean(CLEAN_TIMEOUT_S)
@@ -176,6 +175,19 @@ def protect(stage: Stage, name: str, kind: Kind = DEMO) -> Protected:
     before = stage.place(server_id)
     wait_for_guest(before.address, kind.boot_timeout_s, kind.port)
     return Protected(before, backup, boot_s, protect_s)
+
+
+def wait_for_protection(stage: Stage, server_id: str, timeout_s: float = PROTECT_TIMEOUT_S) -> Pair:
+    """Until the server is protected where Nova has it; what it shows may be of before a failover."""
+
+    def protected() -> Pair | None:
+        if stage.servers.protection(server_id)[0] != "protected":
+            return None
+        found = pairs.pair(stage.layout, server_id)
+        is_here = stage.servers.host(server_id) == found.primary_host
+        return found if found.state == "protected" and is_here else None
+
+    return wait_until(f"{server_id} to be protected", protected, timeout_s)
 
 
 def measure_unprotected(stage: Stage, name: str) -> float:

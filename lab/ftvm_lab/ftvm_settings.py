@@ -10,23 +10,29 @@ from ftvm_lab.layout import COMPUTES, CONTROL, DATA, Layout
 FILE_NAME = "nova-ftvm.conf"
 
 
-def manager_file(layout: Layout) -> Path:
-    return layout.conf / FILE_NAME
+#: The second one runs only when somebody starts it, to see two of them at work.
+MANAGERS = ("nova-ftvm-manager", "nova-ftvm-manager-2")
+
+#: One server bears many faults in a row here. With the default of a minute they would count as one trouble that goes
+#: on, and each new backup would be put off longer.
+RETRY_LIMIT_S = 8
+
+
+def manager_file(layout: Layout, manager: str = MANAGERS[0]) -> Path:
+    return layout.conf / (FILE_NAME if manager == MANAGERS[0] else f"{manager}.conf")
 
 
 def write(layout: Layout) -> None:
-    ini.write(
-        manager_file(layout),
-        {
-            "DEFAULT": {
-                "transport_url": TRANSPORT_URL,
-                "host": CONTROL.name,
-                "log_file": layout.log / "nova-ftvm-manager.log",
+    for manager, host in zip(MANAGERS, (CONTROL.name, f"{CONTROL.name}-2"), strict=True):
+        ini.write(
+            manager_file(layout, manager),
+            {
+                "DEFAULT": {"transport_url": TRANSPORT_URL, "host": host, "log_file": layout.log / f"{manager}.log"},
+                "database": {"connection": database_url(layout, "ftvm")},
+                "service_auth": credentials("ftvm"),
+                "manager": {"retry_limit_s": RETRY_LIMIT_S},
             },
-            "database": {"connection": database_url(layout, "ftvm")},
-            "service_auth": credentials("ftvm"),
-        },
-    )
+        )
     for node in COMPUTES:
         ini.write(
             layout.outside(node) / FILE_NAME,

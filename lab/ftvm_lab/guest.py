@@ -30,6 +30,8 @@ FILES = {
     "start": "etc/start",
     "session": "bin/session",
     "blocks": "bin/blocks",
+    "control": "bin/control",
+    "register": "bin/register",
     "power": "etc/acpi/PWRF/00000080",
 }
 DISK_SIZE = "32M"

@@ -48,7 +48,8 @@ def mount_control() -> None:
 def mount_compute(layout: Layout, node: Node) -> None:
     host = layout.host
     host.mkdir(exist_ok=True)
-    _mount("--bind", layout.outside(node), host)
+    # With the file system of its guests' disks, which is mounted below it.
+    _mount("--rbind", layout.outside(node), host)
     _mount("-t", "tmpfs", "tmpfs", layout.hosts)
     _mount("-t", "tmpfs", "tmpfs", "/run")
     Path("/run/lock").mkdir()

@@ -21,6 +21,7 @@ from ftvm_lab import (
     network,
     nova_settings,
     seed,
+    storage,
 )
 from ftvm_lab.command import LabError, Progress, wait_until
 from ftvm_lab.endpoints import KEYSTONE
@@ -156,6 +157,7 @@ def down(layout: Layout, *, wipe: bool) -> None:
     for name in names:
         _end_stragglers(name)
         network.remove(name)
+    storage.detach_all(layout)
     if wipe:
         _wipe(layout)
 
@@ -170,6 +172,7 @@ def _end_stragglers(namespace: str) -> None:
 
 
 def _wipe(layout: Layout) -> None:
+    storage.detach_all(layout)
     for directory in (layout.state, layout.conf, layout.log, layout.sockets, layout.hosts):
         shutil.rmtree(directory, ignore_errors=True)
 

@@ -1,6 +1,6 @@
 """Names, addresses and paths of the lab: the one place that fixes them.
 
-A machine of the lab is a Node. A third compute host is one more word in
+A machine of the lab is a Node. One more compute host is one more word in
 COMPUTE_NAMES. Nothing here touches the system.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NAMESPACE_PREFIX = "ftvm-"
-COMPUTE_NAMES = ("compute1", "compute2")
+COMPUTE_NAMES = ("compute1", "compute2", "compute3")
 REGION = "RegionOne"
 PASSWORD = "lab"
 #: Niceness of what a real cloud runs on other machines than the guests, or in its own time:
@@ -131,6 +131,10 @@ class Layout:
 
     def logs(self, node: Node) -> Path:
         return self.log if node == CONTROL else self.outside(node) / "log"
+
+    def instances(self, node: Node) -> Path:
+        """The disks of its guests, on a file system of their own."""
+        return self.outside(node) / "nova" / "instances"
 
     def runtime(self, node: Node) -> Path:
         """The agent's runtime directory, as it is seen after the host died."""

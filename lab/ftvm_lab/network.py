@@ -1,4 +1,4 @@
-"""The lab's network namespaces, bridges and links, made with ip(8).
+"""The lab's network namespaces, bridges and links, made with ip(8); links are slowed and cut with tc(8).
 
 All bridges are in the control namespace; a node has one link to each bridge
 that it is attached to. On a compute host the provider link ends in a bridge of
@@ -8,7 +8,7 @@ its own, where the guests' taps go.
 from collections.abc import Iterable
 
 from ftvm_lab.command import CommandFailed, run
-from ftvm_lab.layout import BRIDGES, CLIENT, COMPUTES, CONTROL, DATA, PROVIDER, Bridge, Node
+from ftvm_lab.layout import BRIDGES, CLIENT, COMPUTES, CONTROL, PROVIDER, Bridge, Node
 
 
 def _ip(lines: Iterable[str], namespace: str | None = None) -> None:
@@ -76,9 +76,32 @@ def unplug(node: Node) -> None:
     _ip([f"link set {node.port(bridge)} down" for bridge in BRIDGES], CONTROL.namespace)
 
 
-def set_data_link(node: Node, *, up: bool) -> None:
-    state = "up" if up else "down"
-    _ip([f"link set {node.port(DATA)} {state}"], CONTROL.namespace)
+def plug(node: Node) -> None:
+    _ip([f"link set {node.port(bridge)} up" for bridge in BRIDGES], CONTROL.namespace)
+
+
+def set_link(node: Node, bridge: Bridge, *, up: bool) -> None:
+    _ip([f"link set {node.port(bridge)} {'up' if up else 'down'}"], CONTROL.namespace)
+
+
+def drop_towards(node: Node, bridge: Bridge) -> None:
+    """What others send to the node is lost without a word; what it sends arrives."""
+    _set_queue(node, bridge, "pfifo", "limit", "0")
+
+
+def squeeze_towards(node: Node, bridge: Bridge, mbit_s: float) -> None:
+    """So much arrives at the node, and no more; what does not fit waits for up to half a second, or is lost."""
+    _set_queue(node, bridge, "tbf", "rate", f"{mbit_s:g}mbit", "burst", "64kb", "latency", "500ms")
+
+
+def clear_towards(node: Node, bridge: Bridge) -> None:
+    """Whatever was set before, all arrives again."""
+    _set_queue(node, bridge, "noqueue")
+
+
+def _set_queue(node: Node, bridge: Bridge, *discipline: str) -> None:
+    """At the bridge's end of the link, where the sender notices nothing."""
+    run(["tc", "-n", CONTROL.namespace, "qdisc", "replace", "dev", node.port(bridge), "root", *discipline])
 
 
 def remove_host(node: Node) -> None:

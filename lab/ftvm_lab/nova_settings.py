@@ -111,6 +111,8 @@ def _compute_sections(layout: Layout, node: Node, product: Product) -> ini.Secti
             "cpu_allocation_ratio": "16.0",
             "disk_allocation_ratio": "4.0",
             "resume_guests_state_on_host_boot": "false",
+            # At this pace nova-compute finds what failovers left on a host that lived; by default it is a minute's.
+            "update_resources_interval": 10,
             "shutdown_timeout": 20,
         },
         "libvirt": {
@@ -123,6 +125,7 @@ def _compute_sections(layout: Layout, node: Node, product: Product) -> ini.Secti
             "num_pcie_ports": 0,
             "images_type": "qcow2",
             "wait_soft_reboot_seconds": 20,
+            "remote_filesystem_transport": "rsync",
         },
         "workarounds": {"disable_deep_image_inspection": "true"},
         "vnc": off,

@@ -13,6 +13,20 @@ from ftvm_lab.machine import Machine
 
 
 @dataclass(frozen=True, slots=True)
+class Pair:
+    """The manager's row, as far as the lab looks at it."""
+
+    state: str
+    reason: str
+    #: Grows with each change of who protects the server, and with each end of that.
+    generation: int
+    primary_host: str
+    backup_host: str | None
+    #: Whose guest may speak.
+    active_host: str
+
+
+@dataclass(frozen=True, slots=True)
 class Timeline:
     """Wall-clock seconds of a failover's steps; None for a step that has not been."""
 
@@ -39,9 +53,9 @@ def timeline(layout: Layout, server_id: str) -> Timeline:
     return Timeline(*(steps.get(name) for name in Timeline.__dataclass_fields__))
 
 
-def generation(layout: Layout, server_id: str) -> int:
-    """Grows with each change of who protects the server, and with each end of that."""
-    return int(_row(layout, server_id)["generation"])
+def pair(layout: Layout, server_id: str) -> Pair:
+    row = _row(layout, server_id)
+    return Pair(**{name: row[name] for name in Pair.__dataclass_fields__})
 
 
 def _row(layout: Layout, server_id: str) -> dict[str, Any]:

@@ -68,7 +68,8 @@ class Servers:
 
         def found() -> Server | None:
             servers = self.connection.compute.servers(all_projects=True, name=BACKUP_PREFIX + server_id)
-            return next((server for server in servers if server.compute_host), None)
+            # One that is deleted may be there beside its successor.
+            return next((one for one in servers if one.compute_host and one.task_state != "deleting"), None)
 
         backup: Server = wait_until(f"a backup of {server_id}", found, timeout_s, POLL_S)
         return backup

@@ -1,8 +1,9 @@
 """A database whose host is killed again and again under load, and what is left of its rows.
 
-Run as `python -m ftvm_lab.survival --kills N`; brings the lab up if it is down. One protected server, its hosts
-killed in turn at random moments while clients insert. After each kill, and after the reboots between: every
-row whose commit was confirmed is there once, nothing else is, and tables, indexes and file systems are whole.
+Run as `python -m ftvm_lab.survival --kills N`; brings the lab up if it is down. One protected server; the host that
+it runs on is killed at random moments while clients insert, and a new backup comes by itself. After each kill, and
+after the reboots between: every row whose commit was confirmed is there once, nothing else is, and tables, indexes
+and file systems are whole.
 It ends at the first fault, with the server left as it is, and with 0 only if there was none.
 """
 
@@ -183,29 +184,19 @@ class Survivor:
         self._stage.progress.step(f"the database is back after a {kind} reboot")
 
     def protect_again(self) -> None:
-        """Gives the dead host its power back, and makes a backup there."""
+        """Gives the dead host its power back, and waits for the new backup, wherever it was made."""
         stage, dead = self._stage, self._protected.before.host
         start = time.monotonic()
         computes.power_on(stage.layout, compute(dead))
         names = {node.name for node in COMPUTES}
         usable = cloud.usable_hosts
         wait_until(f"{dead} to be up in Nova", lambda: usable(stage.servers.connection) >= names, HOST_TIMEOUT_S)
-        for wanted, state in (("false", "unprotected"), ("true", "protected")):
-            stage.servers.connection.compute.set_server_metadata(self.server_id, ft=wanted)
-            self._wait_for(state)
+        failover.wait_for_protection(stage, self.server_id, PROTECT_TIMEOUT_S)
         self._protected = replace(
             self._protected,
             before=stage.place(self.server_id),
             backup=stage.servers.wait_for_backup(self.server_id, PROTECT_TIMEOUT_S),
             protect_s=time.monotonic() - start,
-        )
-
-    def _wait_for(self, state: str) -> None:
-        # Servers.wait_for_state would take the old state for a refusal.
-        wait_until(
-            f"ft:state of the database to be {state}",
-            lambda: self._stage.servers.protection(self.server_id)[0] == state,
-            PROTECT_TIMEOUT_S,
         )
 
     def delete(self) -> None:

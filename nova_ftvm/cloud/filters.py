@@ -3,7 +3,8 @@
 Lives in nova-scheduler; asks Nova's database once a request, and calls nobody. Two rules:
 
     backup      never on its primary's host, and only on hosts whose agents the manager found healthy
-    protected   on later moves never on its backup's host, unless that backup was promoted
+    protected   on later moves never on its backup's host, unless that backup was promoted, or the move is a live
+                migration to that very host: then the backup takes over (switchover.py)
 
 The hints of a backup are believed only in the service project: a user can write any hint.
 """
@@ -73,7 +74,7 @@ def rule_for(spec: objects.RequestSpec) -> Rule:
     if servers.in_service_project(spec.project_id):
         hints = _hints(spec)
         return _backup_rule(hints) if PRIMARY_HINT in hints else ANYWHERE
-    return _protected_rule(spec.instance_uuid)
+    return _protected_rule(spec)
 
 
 def _hints(spec: objects.RequestSpec) -> dict[str, list[str]]:
@@ -104,17 +105,33 @@ def _backup_rule(hints: dict[str, list[str]]) -> Rule:
                 reason=f"it hosts server {primary} itself, or has no healthy agent")
 
 
-def _protected_rule(server: str) -> Rule:
+def _protected_rule(spec: objects.RequestSpec) -> Rule:
     """A server being created has no cell yet, and so no backup."""
+    server = spec.instance_uuid
     try:
-        backups = _in_its_cell(server, lambda context: objects.InstanceList.get_by_filters(
-            context, {"project_id": CONF.ftvm.service_project_id, "deleted": False,
-                      "metadata": {servers.PRIMARY_KEY: server}}, expected_attrs=["metadata"]))
+        barred = _in_its_cell(
+            server, lambda context: _backup_hosts(context, server) - _switchover_hosts(context, spec))
     except exception.InstanceNotFound:
         return ANYWHERE
-    barred = frozenset(backup.host for backup in backups
-                       if backup.host and backup.metadata.get(servers.ROLE_KEY) != servers.PROMOTED)
     return Rule(barred=barred, reason="it hosts the server's backup") if barred else ANYWHERE
+
+
+def _backup_hosts(context: nova_context.RequestContext, server: str) -> frozenset[str]:
+    backups = objects.InstanceList.get_by_filters(
+        context, {"project_id": CONF.ftvm.service_project_id, "deleted": False,
+                  "metadata": {servers.PRIMARY_KEY: server}}, expected_attrs=["metadata"])
+    return frozenset(backup.host for backup in backups
+                     if backup.host and backup.metadata.get(servers.ROLE_KEY) != servers.PROMOTED)
+
+
+def _switchover_hosts(context: nova_context.RequestContext, spec: objects.RequestSpec) -> frozenset[str]:
+    """Where somebody asks to live-migrate the server to, by name. Nova notes a move before it asks for a host."""
+    wanted = spec.requested_destination if "requested_destination" in spec else None
+    if wanted is None or "host" not in wanted or not wanted.host:
+        return frozenset()
+    moves = objects.MigrationList.get_by_filters(
+        context, {"instance_uuid": spec.instance_uuid, "migration_type": "live-migration", "status": "accepted"})
+    return frozenset({wanted.host}) if moves else frozenset()
 
 
 def _in_its_cell(server: str, question: Callable[[nova_context.RequestContext], Answer]) -> Answer:

@@ -52,18 +52,31 @@ class Partners:
     def standby_plan(self, backup_id: str, host: str) -> manager.StandbyPlan | None:
         return self._ask_manager("standby_plan", lambda client: client.standby_plan(backup_id, host))
 
-    def standby_ready(self, pair_id: PairId, generation: Generation, host: str, failure: str = "") -> Grant:
+    def standby_ready(self, pair_id: PairId, generation: Generation, host: str, failure: str = "",
+                      lasting: bool = False) -> Grant:
         return self._ask_manager("standby_ready",
-                                 lambda client: client.standby_ready(pair_id, generation, host, failure))
+                                 lambda client: client.standby_ready(pair_id, generation, host, failure, lasting))
 
     def disarm(self, instance_id: InstanceId, reason: str) -> bool:
         return self._ask_manager("disarm", lambda client: client.disarm(instance_id, reason))
 
     def may_adopt(self, instance_id: InstanceId, host: str) -> bool:
-        return self._ask_manager("adoption", lambda client: client.adoption(instance_id, host))["adopt"]
+        return self.adoption(instance_id, host)["adopt"]
 
     def prepare_domain(self, host: str, instance_id: InstanceId) -> dict[str, Any]:
         return self._ask_agent("prepare_domain", lambda client: client.prepare_domain(host, instance_id))
+
+    def switchover(self, instance_id: InstanceId, host: str) -> dict[str, Any]:
+        return self._ask_manager("switchover", lambda client: client.switchover(instance_id, host))
+
+    def adoption(self, instance_id: InstanceId, host: str) -> manager.Adoption:
+        return self._ask_manager("adoption", lambda client: client.adoption(instance_id, host))
+
+    def hand_over(self, host: str, instance_id: InstanceId) -> bool:
+        return self._ask_agent("hand_over", lambda client: client.hand_over(host, instance_id))
+
+    def fence(self, host: str, pair_id: PairId, generation: Generation, instance_id: InstanceId) -> None:
+        self._ask_agent("fence", lambda client: client.fence(host, pair_id, generation, instance_id))
 
     def discard_standby(self, host: str, instance_id: InstanceId) -> bool:
         return self._ask_agent("discard_standby", lambda client: client.discard_standby(host, instance_id))

@@ -23,13 +23,13 @@ from nova.virt.libvirt import driver as libvirt_driver
 from nova.virt.libvirt import guest as libvirt_guest
 from oslo_log import log
 
-from nova_ftvm.cloud import claims, files
+from nova_ftvm.cloud import claims, files, remains, servers
 from nova_ftvm.cloud.claims import Claim
 from nova_ftvm.cloud.partners import PartnerAway, Partners
 from nova_ftvm.cloud.refusal import Refused
 from nova_ftvm.cloud.settings import CONF
 from nova_ftvm.core import domain
-from nova_ftvm.exception import FtvmError, Unsupported
+from nova_ftvm.exception import FtvmError, InTheWay, Unsupported
 from nova_ftvm.rpc.manager import StandbyPlan
 from nova_ftvm.types import Generation, InstanceId, PairId
 
@@ -66,11 +66,11 @@ class Standbys:
                 grant = self._partners.standby_ready(PairId(plan["pair_id"]), Generation(plan["generation"]),
                                                      self._host())
                 if not grant.granted:
-                    raise Unsupported(f"the pair went on without this standby: {grant.reason}")
+                    raise InTheWay(f"the pair went on without this standby: {grant.reason}")
                 undo.pop_all()
         except Exception as error:  # Glance, Neutron, privsep, libvirt: whatever it was, the manager has to know.
             LOG.exception("The standby could not be made", instance=backup)
-            self._report_failure(plan, str(error) or type(error).__name__)
+            self._report_failure(plan, str(error) or type(error).__name__, isinstance(error, Unsupported))
             raise _abort(backup, f"the standby could not be made: {error}") from error
 
     def discard_of(self, backup: objects.Instance) -> None:
@@ -98,20 +98,27 @@ class Standbys:
         return True
 
     def promoted_here(self, instance: objects.Instance) -> bool:
-        """Nova evacuates the server to this host: is its promoted standby here? Raises Refused when nobody can tell."""
-        if claims.of(instance.uuid, self._host()) is None and self.guest(instance.uuid) is None:
+        """Nova evacuates the server to this host: is its promoted standby here, or what an adoption that broke off made
+        of it? Raises Refused when nobody can tell."""
+        is_nothing_here = claims.of(instance.uuid, self._host()) is None and self.guest(instance.uuid) is None
+        if is_nothing_here and not servers.known_to_manager(instance):
             return False
         try:
             return self._partners.may_adopt(InstanceId(instance.uuid), self._host())
         except PartnerAway as error:
-            raise Refused(f"a standby of the server is here, and nobody can tell whether it was promoted: {error}"
-                          ) from error
+            raise Refused(f"nobody can tell whether a standby of the server was promoted here: {error}") from error
 
     def adopt(self, instance: objects.Instance) -> bool:
-        """Makes the promoted guest Nova's own. False: it has ended since, and Nova boots from its disks."""
+        """Nova evacuates the server: makes the promoted guest its own. False: it has ended since, and Nova boots from
+        its disks."""
+        if self.guest(instance.uuid) is not None:
+            _walk_task_states(instance)
+        return self.take(instance)
+
+    def take(self, instance: objects.Instance) -> bool:
+        """The promoted guest, its disks and all are Nova's from now on. False: there is no guest."""
         guest = self.guest(instance.uuid)
         if guest is not None:
-            _walk_task_states(instance)
             self._make_persistent(guest)
             LOG.info("Adopted the promoted guest", instance=instance)
         claims.drop(instance.uuid)
@@ -171,11 +178,12 @@ class Standbys:
     def _make_room(self, instance_id: InstanceId) -> None:
         """Files and domain of that server must not be here; only what an earlier standby left is taken away."""
         files.refuse_shared_storage()
+        remains.destroy(self._driver, self._host())
         claim = claims.of(instance_id, self._host())
         if claim is not None and not self.discard(claim):
-            raise Unsupported(f"an earlier standby of server {instance_id} was promoted on this host")
+            raise InTheWay(f"an earlier standby of server {instance_id} was promoted on this host")
         if self.guest(instance_id) is not None:
-            raise Unsupported(f"a guest of server {instance_id} is on this host already")
+            raise InTheWay(f"a guest of server {instance_id} is on this host already")
 
     def _interface(self, primary: objects.Instance, vif: network_model.VIF) -> str:
         return self._driver.vif_driver.get_config(primary, vif, primary.image_meta, primary.flavor,
@@ -213,9 +221,10 @@ class Standbys:
         if domain.standby_mark(guest.get_xml_desc()) is not None:
             guest._domain.setMetadata(_METADATA_ELEMENT, None, None, domain.FTVM_NS, _AFFECT_LIVE)
 
-    def _report_failure(self, plan: StandbyPlan, failure: str) -> None:
+    def _report_failure(self, plan: StandbyPlan, failure: str, lasting: bool) -> None:
         try:
-            self._partners.standby_ready(PairId(plan["pair_id"]), Generation(plan["generation"]), self._host(), failure)
+            self._partners.standby_ready(PairId(plan["pair_id"]), Generation(plan["generation"]), self._host(), failure,
+                                         lasting)
         except PartnerAway as error:
             LOG.warning("The failed standby could not be reported; the manager finds the backup in ERROR: %s", error)
 
@@ -231,7 +240,7 @@ def _bound_here(primary: objects.Instance, bindings: Sequence[dict[str, Any]], h
     for vif in primary.get_network_info():
         binding = by_port.get(vif["id"])
         if binding is None:
-            raise Unsupported(f"port {vif['id']} has no binding on this host")
+            raise InTheWay(f"port {vif['id']} has no binding on this host")
         moved = migrate_data.VIFMigrateData(
             port_id=vif["id"], host=host, source_vif=vif, vif_type=binding["vif_type"],
             vnic_type=binding["vnic_type"])

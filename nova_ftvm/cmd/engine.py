@@ -21,7 +21,7 @@ from nova_ftvm.engine.backup import BackupEngine
 from nova_ftvm.engine.capture import Conversation
 from nova_ftvm.engine.primary import PrimaryEngine
 from nova_ftvm.engine.stats import EpochLog
-from nova_ftvm.exception import FtvmError
+from nova_ftvm.exception import FtvmError, InTheWay, Unsupported
 from nova_ftvm.host import qmp
 from nova_ftvm.host.control import ControlServer
 from nova_ftvm.host.disks import (
@@ -104,7 +104,7 @@ def main() -> int:
         return run_primary(order, control) if order.role is Role.PRIMARY else run_backup(order, control)
     except FtvmError as error:
         LOG.error("%s", error)
-        control.report("failed", reason=str(error))
+        control.report("failed", reason=str(error), lasting=isinstance(error, Unsupported))
         return FAILED
     except Exception:
         LOG.exception("the engine failed")
@@ -157,6 +157,9 @@ def run_backup(order: Order, control: ControlServer, domain: ports.Domain | None
     """The backup's side. The standby's RAM is made zero first: pages that are zero on the primary never come."""
     domain = domain or StandbyDomain(Host(order.libvirt_uri), order.instance_id)
     monitor = qmp.Monitor(order.path("monitor.sock"))
+    status = monitor.command("query-status")["status"]
+    if status != "inmigrate":
+        raise InTheWay(f"the standby does not wait for its stream, it is {status}: it is a guest by now")
     blocks, disks = ram_blocks(monitor), replicas(monitor)
     memory = GuestMemory(monitor.pid, blocks)
     memory.clear()

@@ -17,6 +17,8 @@ from nova_ftvm.conf import manager as manager_conf
 from nova_ftvm.conf import service as service_conf
 from nova_ftvm.db import connect
 from nova_ftvm.db.store import Store
+from nova_ftvm.failover.announce import announcer
+from nova_ftvm.failover.bulletin import Bulletin
 from nova_ftvm.failover.loops import Queue
 from nova_ftvm.failover.manager import Manager
 from nova_ftvm.failover.nova_cloud import NovaCloud
@@ -68,7 +70,9 @@ def run(conf: cfg.ConfigOpts, stopping: threading.Event) -> None:
     settings = Settings.of(conf)
     transport = common.transport(conf)
     queue: Queue[PairId] = Queue()
-    manager = Manager(store(conf), NovaCloud(conf), agent_rpc.AgentClient(transport), SystemClock(), settings, queue)
+    bulletin = Bulletin(notifications.sender(conf, f"nova-ftvm-manager:{conf.host}"))
+    manager = Manager(store(conf), NovaCloud(conf), agent_rpc.AgentClient(transport), SystemClock(), settings, queue,
+                      announcer(bulletin.post))
     service = Service(manager, queue, settings, conf.manager.workers)
     endpoint = rpc_server.Endpoint(manager, rpc_server.methods_of(manager_rpc.ManagerApi))
     calls = rpc_server.serve(transport, common.MANAGER_TOPIC, conf.host, endpoint)
@@ -77,6 +81,7 @@ def run(conf: cfg.ConfigOpts, stopping: threading.Event) -> None:
     calls.start()
     notices.start()
     service.start()
+    bulletin.start()
     LOG.info("The failover manager runs on %s", conf.host)
     stopping.wait()
     LOG.info("The failover manager ends")

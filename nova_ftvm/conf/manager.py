@@ -23,7 +23,8 @@ OPTS = [
         help="Pause before a failed step is tried again."),
     cfg.FloatOpt(
         "retry_limit_s", default=60.0, min=1.0,
-        help="The pause doubles with each failure in a row, up to this."),
+        help="The pause doubles with each failure in a row, up to this. A row of failures ends when the server has "
+             "been protected for so long."),
     cfg.FloatOpt(
         "settle_s", default=3.0, min=0.0,
         help="A server whose pair has just ended (a reboot, a failure) is left alone for so long before it is "
@@ -36,9 +37,17 @@ OPTS = [
         help="How long, in a failover, the source's agent may take to confirm that the old guest is destroyed. "
              "Silence does not stop the failover: the old guest's output is held either way."),
     cfg.BoolOpt(
-        "repair", default=False,
-        help="Make a new backup by itself for a server that runs without one after a failover or a lost backup. "
-             "Without it, unset and set the server's property ft."),
+        "repair", default=True,
+        help="Make a new backup by itself, on another host, for a server that runs without one after a failover or a "
+             "lost backup. Without it, unset and set the server's property ft."),
+    cfg.IntOpt(
+        "sync_limit_per_host", default=2, min=1, max=64,
+        help="How many first copies may run on a host at a time, to it and from it together. Further pairs wait in "
+             "line, the oldest first; ft:reason says behind how many."),
+    cfg.FloatOpt(
+        "refused_retry_s", default=3600.0, min=1.0,
+        help="A host that can never work with a server as things are (its disks are shared, its QEMU is too old) is "
+             "asked again after so long, or as soon as the server moves, stops or restarts, or the host's agent does."),
     cfg.IntOpt(
         "workers", default=8, min=1, max=64,
         help="How many pairs are worked on at a time: backups made and removed, failovers followed."),

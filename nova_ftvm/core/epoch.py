@@ -5,8 +5,8 @@
     COPYING --> STOPPING --> STOPPED ---> DRAINING --> UNACKNOWLEDGED --> RUNNING
      (live)      (batch      (disks come   (RAM copied,   (shipped; guest   (released)
                   sent)       to rest)      gate open)     runs, output held)
-    any of them, the peer lost --> HOLDING --grant--> ALONE
-                                      +----refusal--> FENCED
+    any of them, the peer lost or handed the guest --> HOLDING --grant--> ALONE
+                                                          +----refusal--> FENCED
 
 One epoch is in flight at most. Output leaves in `Release` and in `Unbuffer` only: after the epoch's acknowledgement,
 by the arbiter's grant, or at a planned end.
@@ -27,6 +27,8 @@ DISK_ALLOWANCE_S = 100e-9
 #: A guest whose output is held for longer is paused: the buffers' own timers (host/netbuf.py, 71 min of the guest's
 #: time) would let it go by themselves, without a grant.
 HOLD_LIMIT_S = 1800.0
+#: How long a backup that was handed the guest may take to get the arbiter's grant, before we ask to go on alone.
+HAND_OVER_LIMIT_S = 3.0
 #: Silence of the backup that ends the first copy. Nothing is held yet, so there is no hurry.
 COPY_SILENCE_S = 5.0
 
@@ -82,6 +84,8 @@ class Act(enum.Enum):
     FENCE = enum.auto()
     #: Tell the backup that QEMU ended by itself.
     SAY_GUEST_GONE = enum.auto()
+    #: Tell the backup to take the guest.
+    SAY_HAND_OVER = enum.auto()
     #: A sign of life.
     BEAT = enum.auto()
 
@@ -121,6 +125,7 @@ class EpochLoop:
         self._freeze_at = now
         self._frozen = False
         self._stop_asked = False
+        self._hand_over_asked = False
         self._guest_runs = True
 
     # Time
@@ -194,6 +199,8 @@ class EpochLoop:
             return self._end()
         if self.reason:
             return self._hold(now)
+        if self._hand_over_asked:
+            return self._hand_over(now)
         self.phase = Phase.UNACKNOWLEDGED
         self._silence_limit_s = self._pace.ack_limit_s + pages * ACK_ALLOWANCE_S
         self._ack_limit_s = self._silence_limit_s + disk_bytes * DISK_ALLOWANCE_S
@@ -253,6 +260,14 @@ class EpochLoop:
             return ()
         return self._end()
 
+    def on_hand_over(self, now: float) -> Acts:
+        """A planned failover. The guest runs on, unheard, until the arbiter has given it to the backup: what it does
+        after the last committed epoch it does again there. If it comes to nothing, we ask to go on alone."""
+        if self.phase in PAUSED:
+            self._hand_over_asked = True
+            return ()
+        return self._hand_over(now) if self.phase in (Phase.RUNNING, Phase.UNACKNOWLEDGED) else ()
+
     def on_guest_shutdown(self) -> Acts:
         """The guest, or the host's operator, ended the guest: a planned end. What is held stays unsaid."""
         if self.phase in OVER:
@@ -279,7 +294,13 @@ class EpochLoop:
     def _hold(self, now: float) -> Acts:
         self.phase = Phase.HOLDING
         self._freeze_at = now + HOLD_LIMIT_S
-        return (Act.UNMIRROR, *self._ask(now))
+        return (*self._ask(now), Act.UNMIRROR)
+
+    def _hand_over(self, now: float) -> Acts:
+        self.phase, self.reason = Phase.HOLDING, "the backup did not take the guest that was handed to it"
+        self._freeze_at = now + HOLD_LIMIT_S
+        self._next_ask = now + HAND_OVER_LIMIT_S
+        return (Act.SAY_HAND_OVER, Act.UNMIRROR)
 
     def _ack_deadline(self) -> float:
         """A backup that is not heard of has less time than one that takes in a long epoch."""

@@ -55,6 +55,10 @@ class Lease:
         """The primary's agent saw QEMU end."""
         return self._suspect("the primary's agent saw QEMU end", now)
 
+    def on_handed_over(self, now: float) -> Verdict | None:
+        """The primary wants the guest to go on here, and holds its output."""
+        return self._suspect("the server is moved here", now)
+
     def on_peer_lost(self, now: float) -> Verdict | None:
         """The connection ended. A primary that lives goes on alone or comes back; only its silence counts."""
         return Verdict.GIVE_UP if self._over_if(Watch.SYNCING) else None

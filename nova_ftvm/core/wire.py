@@ -2,7 +2,7 @@
 
     0       4    5    6       8            16           24       28       32
     | magic |ver |kind| zero  | generation |   epoch    | length | crc32  | payload ...
-      FTVM    2    u8   u16      u64           u64         u32      u32      length bytes      (big endian)
+      FTVM    3    u8   u16      u64           u64         u32      u32      length bytes      (big endian)
 
 crc32 covers the first 28 bytes and the payload. A frame that is too long, of another version, damaged, or of
 another generation raises, and the decoder gives nothing more: the connection must be closed.
@@ -16,6 +16,7 @@ another generation raises, and the decoder gives nothing more: the connection mu
       | ACK (epoch)                       ->     |   only AFTER the epoch is applied
       | BEAT                             <->     |   a sign of life
       |     <- GUEST_GONE  QEMU ended by itself  |
+      |     <- HAND_OVER  the guest moves        |   a planned failover; the primary holds its output
       |     <- BYE  a planned end                |
 
 PRELOAD and PAGES:  block u16 | zero u16 | runs u32 | runs x (first page u32, pages u32) little endian | contents
@@ -40,7 +41,7 @@ from nova_ftvm.core.disk import DiskOp, DiskWrite, split
 from nova_ftvm.exception import ProtocolError, StaleGeneration
 from nova_ftvm.types import PAGE, Buffer, Disk, Epoch, Generation, RamBlock
 
-VERSION = 2
+VERSION = 3
 CHALLENGE_BYTES = 32
 #: Longest frame that is read from a peer that has not proved itself yet.
 GREETING_LIMIT = 1 << 16
@@ -69,6 +70,7 @@ class Kind(enum.IntEnum):
     BYE = 11
     DISK_PRELOAD = 12
     DISK = 13
+    HAND_OVER = 14
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

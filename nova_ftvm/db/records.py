@@ -8,6 +8,14 @@ from nova_ftvm.types import Generation, InstanceId, PairId, PairState
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Refusal:
+    """A host's word that it cannot work with a server as things are."""
+
+    at: float
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Pair:
     """One protected server: who may speak for it, and what is still to be done for it."""
 
@@ -36,6 +44,8 @@ class Pair:
     #: Failures in a row, and when the next try is due.
     attempts: int = 0
     retry_at: float = 0.0
+    #: By host. Which of them still count, failover.refusals says.
+    refused: Mapping[str, Refusal] = dataclasses.field(default_factory=dict)
     #: When the state last changed.
     moved_at: float = 0.0
     created_at: float = 0.0
@@ -68,6 +78,10 @@ class Host:
     data_address: str = ""
     reported_at: float = 0.0
     engines: tuple[Engine, ...] = ()
+    #: Which start of the agent this is, if it tells.
+    incarnation: str = ""
+    #: Since when it has reported without a gap, and the same of itself.
+    since: float = 0.0
     #: We told Nova that it is down; we must take that back once it is not.
     forced_down_by_us: bool = False
     forced_at: float = 0.0

@@ -35,6 +35,7 @@ class PairRow(Base):
     progress: Mapped[float]
     attempts: Mapped[int]
     retry_at: Mapped[float]
+    refused: Mapped[dict[str, Any] | None]
     moved_at: Mapped[float]
     created_at: Mapped[float]
     updated_at: Mapped[float]
@@ -51,5 +52,7 @@ class HostRow(Base):
     data_address: Mapped[str] = mapped_column(sa.String(255))
     reported_at: Mapped[float]
     engines: Mapped[list[Any]]
+    incarnation: Mapped[str | None] = mapped_column(sa.String(64))
+    since: Mapped[float | None]
     forced_down_by_us: Mapped[bool]
     forced_at: Mapped[float]

@@ -5,25 +5,46 @@ What it promises is the compare-and-set: `change` writes all of its columns, or 
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypedDict, Unpack
+from typing import Any, ParamSpec, TypedDict, TypeVar, Unpack
 
 import sqlalchemy as sa
 from oslo_db import api as db_api
 from oslo_db import exception as db_exception
 
-from nova_ftvm.db.records import Engine, Host, Pair
+from nova_ftvm.db.records import Engine, Host, Pair, Refusal
 from nova_ftvm.db.schema import HostRow, PairRow
-from nova_ftvm.exception import LostRace, PairNotFound
+from nova_ftvm.exception import FtvmError, LostRace, PairNotFound
 from nova_ftvm.types import Generation, InstanceId, PairId, PairState
 
 _PAIR_FIELDS = tuple(field.name for field in dataclasses.fields(Pair))
 
-#: A transaction that the database broke off is tried again. Safe for a compare-and-set too: when the first try
-#: had come through, the second one loses, and the caller reads the row again.
-_again = db_api.wrap_db_retry(max_retries=5, retry_interval=0.05, max_retry_interval=0.5,
-                              retry_on_deadlock=True, retry_on_disconnect=True)
+Arguments = ParamSpec("Arguments")
+Answer = TypeVar("Answer")
+
+
+class DatabaseAway(FtvmError):
+    """No answer. What was to be written may have been written: whoever cares reads the row again."""
+
+
+def _again(transaction: Callable[Arguments, Answer]) -> Callable[Arguments, Answer]:
+    """A transaction that the database broke off is tried again, for a second or two; then DatabaseAway is raised.
+
+    Safe for a compare-and-set too: when the first try had come through, the second one loses, and the caller reads
+    the row again.
+    """
+    stubborn = db_api.wrap_db_retry(max_retries=5, retry_interval=0.05, max_retry_interval=0.5,
+                                    retry_on_deadlock=True, retry_on_disconnect=True)(transaction)
+
+    @functools.wraps(transaction)
+    def bounded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Answer:
+        try:
+            return stubborn(*args, **kwargs)
+        except (db_exception.DBConnectionError, db_exception.DBDeadlock) as error:
+            raise DatabaseAway(f"the database does not answer: {type(error).__name__}") from error
+    return bounded
 
 
 class PairChanges(TypedDict, total=False):
@@ -43,6 +64,7 @@ class PairChanges(TypedDict, total=False):
     progress: float
     attempts: int
     retry_at: float
+    refused: Mapping[str, Refusal]
 
 
 class Store:
@@ -56,6 +78,9 @@ class Store:
 
     def pairs(self, ids: Iterable[str] | None = None) -> list[Pair]:
         return self._select() if ids is None else self._select(PairRow.id.in_(list(ids)))
+
+    def pairs_in(self, *states: PairState) -> list[Pair]:
+        return self._select(PairRow.state.in_([state.value for state in states]))
 
     def pair(self, pair_id: PairId) -> Pair:
         for pair in self._select(PairRow.id == pair_id):
@@ -128,10 +153,17 @@ class Store:
             rows = connection.execute(sa.select(HostRow.__table__)).mappings().all()
         return {row["host"]: _host(row) for row in rows}
 
+    @_again
+    def host(self, name: str) -> Host | None:
+        with self._engine.connect() as connection:
+            row = connection.execute(sa.select(HostRow.__table__).where(HostRow.name == name)).mappings().first()
+        return None if row is None else _host(row)
+
     def report(self, host: Host) -> None:
         """What its agent says; leaves forced_down_by_us alone."""
         said = {"capable": host.capable, "reason": host.reason, "data_address": host.data_address,
-                "reported_at": host.reported_at, "engines": [dataclasses.asdict(engine) for engine in host.engines]}
+                "reported_at": host.reported_at, "engines": [dataclasses.asdict(engine) for engine in host.engines],
+                "incarnation": host.incarnation, "since": host.since}
         self._put_host(host.name, said)
 
     def mark_forced_down(self, host: str, forced: bool) -> None:
@@ -144,7 +176,8 @@ class Store:
             if connection.execute(update).rowcount:
                 return
         fresh: dict[str, Any] = {"capable": False, "reason": "its agent has not reported", "data_address": "",
-                                 "reported_at": 0.0, "engines": [], "forced_down_by_us": False, "forced_at": 0.0}
+                                 "reported_at": 0.0, "engines": [], "incarnation": "", "since": 0.0,
+                                 "forced_down_by_us": False, "forced_at": 0.0}
         try:
             with self._engine.begin() as connection:
                 connection.execute(sa.insert(HostRow).values(name=name, **{**fresh, **columns}))
@@ -172,16 +205,21 @@ def _columns(fields: dict[str, Any]) -> dict[str, Any]:
         written["state"] = written["state"].value
     if "timeline" in written:
         written["timeline"] = dict(written["timeline"])
+    if "refused" in written:
+        written["refused"] = {host: dataclasses.asdict(refusal) for host, refusal in written["refused"].items()}
     return written
 
 
 def _pair(row: Any) -> Pair:
     fields = {name: row[name] for name in _PAIR_FIELDS}
-    return Pair(**{**fields, "state": PairState(fields["state"]), "timeline": dict(fields["timeline"] or {})})
+    refused = {host: Refusal(**said) for host, said in (fields["refused"] or {}).items()}
+    return Pair(**{**fields, "state": PairState(fields["state"]), "timeline": dict(fields["timeline"] or {}),
+                   "refused": refused})
 
 
 def _host(row: Any) -> Host:
     return Host(name=row["host"], capable=bool(row["capable"]), reason=row["reason"],
                 data_address=row["data_address"], reported_at=row["reported_at"],
                 engines=tuple(Engine(**engine) for engine in row["engines"] or ()),
+                incarnation=row["incarnation"] or "", since=row["since"] or 0.0,
                 forced_down_by_us=bool(row["forced_down_by_us"]), forced_at=row["forced_at"])

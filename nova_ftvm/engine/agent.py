@@ -8,11 +8,12 @@ import logging
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from nova_ftvm.core import domain
-from nova_ftvm.exception import FtvmError
+from nova_ftvm.exception import FtvmError, Unsupported
 from nova_ftvm.rpc.common import Failed
 from nova_ftvm.rpc.manager import ManagerClient
 from nova_ftvm.types import Generation, Grant, InstanceId, PairId, Role
@@ -60,7 +61,7 @@ class Guests(Protocol):
 
     def is_standby(self, instance_id: str) -> bool: ...
 
-    def unbuffer(self, instance_id: str) -> None: ...
+    def let_go(self, instance_id: str) -> None: ...
 
 
 class _Watched:
@@ -76,6 +77,20 @@ class _Watched:
         #: It said how it ended, so its going is no surprise.
         self.ended = False
         self.failure = ""
+        #: Another try on this host will fail likewise.
+        self.lasting = False
+
+
+class _Turns:
+    """A lock a pair: what was to be done for an engine that is over, and the start of the next one, do not mix."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._of: dict[str, threading.RLock] = {}
+
+    def of(self, pair_id: str) -> "threading.RLock":
+        with self._lock:
+            return self._of.setdefault(pair_id, threading.RLock())
 
 
 class Agent:
@@ -92,8 +107,14 @@ class Agent:
         self._guests = guests
         self._start_engine = start_engine
         self._sleep = sleep
+        #: Which start of the agent this is: what it refused before may work since.
+        self._incarnation = str(uuid.uuid4())
         self._lock = threading.Lock()
         self._engines: dict[tuple[str, str], _Watched] = {}
+        #: Pair -> the newest generation that an engine was started for here. What is left to be done for an older one,
+        #: or ordered late, must not touch the guest any more: it is a newer engine's.
+        self._newest: dict[str, int] = {}
+        self._turns = _Turns()
 
     # AgentApi
 
@@ -118,7 +139,8 @@ class Agent:
         watched = self._start(Role.BACKUP, pair_id, generation, instance_id, token, self._data_address, 0)
         if not watched.listening.wait(_LISTEN_LIMIT_S) or not watched.port:
             watched.engine.kill()
-            raise FtvmError(watched.failure or f"the backup's engine was not ready within {_LISTEN_LIMIT_S:g} s")
+            refusal = Unsupported if watched.lasting else FtvmError
+            raise refusal(watched.failure or f"the backup's engine was not ready within {_LISTEN_LIMIT_S:g} s")
         return {"address": self._data_address, "port": watched.port}
 
     def start_primary(self, pair_id: str, generation: int, instance_id: str, address: str, port: int,
@@ -139,16 +161,24 @@ class Agent:
             self._stop(watched, reason)
         return {"stopped": stopped}
 
+    def hand_over(self, instance_id: str) -> dict[str, Any]:
+        for watched in list(self._engines.values()):
+            if watched.engine.instance_id == instance_id and watched.engine.role == Role.PRIMARY and watched.protected:
+                watched.engine.order("hand_over")
+                return {"handed_over": True}
+        return {"handed_over": False}
+
     def fence(self, pair_id: str, generation: int, instance_id: str) -> dict[str, Any]:
-        watched = self._engines.get((pair_id, Role.PRIMARY.value))
-        if watched is not None and watched.engine.generation >= generation:
-            LOG.warning("pair %s: an order to fence of generation %d came late, at %d: nothing is done", pair_id,
-                        generation, watched.engine.generation)
-            return {}
-        if watched is not None:
-            watched.ended = True
-            watched.engine.order("fence", reason=f"generation {generation} is over")
-        self._guests.destroy(instance_id)
+        with self._turns.of(pair_id):
+            if self._newest.get(pair_id, 0) >= generation:
+                LOG.warning("pair %s: an order to fence of generation %d came late, at %d: nothing is done", pair_id,
+                            generation, self._newest[pair_id])
+                return {}
+            watched = self._engines.get((pair_id, Role.PRIMARY.value))
+            if watched is not None:
+                watched.ended = True
+                watched.engine.order("fence", reason=f"generation {generation} is over")
+            self._guests.destroy(instance_id)
         return {}
 
     def discard_standby(self, instance_id: str) -> dict[str, Any]:
@@ -164,6 +194,8 @@ class Agent:
     def adopt_engines(self, engines: list[Engine]) -> None:
         """Takes engines over that outlived the last agent; their last report comes again."""
         for engine in engines:
+            self._note(engine)
+        for engine in engines:
             LOG.info("found the %s engine of pair %s again", engine.role, engine.pair_id)
             # What it told the last agent is unknown, so its guest's output is never let go without a grant.
             self._watch(engine, protected=True)
@@ -176,6 +208,7 @@ class Agent:
                     "generation": w.engine.generation, "state": w.state} for w in reported]
         answer = self._manager.agent_report(self._host, {
             "capable": not self._missing, "reason": "; ".join(self._missing), "data_address": self._data_address,
+            "incarnation": self._incarnation,
             "engines": engines})
         stale = frozenset(answer.get("stale", ()))
         for watched in reported:
@@ -193,25 +226,35 @@ class Agent:
 
     def _start(self, role: Role, pair_id: str, generation: int, instance_id: str, token: str, address: str,
                port: int) -> _Watched:
-        old = self._engines.get((pair_id, role.value))
-        if old is not None:
-            if old.engine.generation == generation:
-                return old
-            if old.engine.generation > generation:
-                raise FtvmError(f"generation {generation} is over, the engine here is of {old.engine.generation}")
-            self._stop(old, f"generation {generation} begins")
-        LOG.info("pair %s: starting the %s engine of generation %d, server %s", pair_id, role, generation, instance_id)
-        return self._watch(self._start_engine({
-            "role": role.value, "pair_id": pair_id, "generation": generation, "instance_id": instance_id,
-            "token": token, "address": address, "port": port}))
+        with self._turns.of(pair_id):
+            old = self._engines.get((pair_id, role.value))
+            if old is not None:
+                if old.engine.generation == generation:
+                    return old
+                if old.engine.generation > generation:
+                    raise FtvmError(f"generation {generation} is over, the engine here is of {old.engine.generation}")
+                self._stop(old, f"generation {generation} begins")
+            LOG.info("pair %s: starting the %s engine of generation %d, server %s", pair_id, role, generation,
+                     instance_id)
+            return self._watch(self._start_engine({
+                "role": role.value, "pair_id": pair_id, "generation": generation, "instance_id": instance_id,
+                "token": token, "address": address, "port": port}))
 
     def _watch(self, engine: Engine, protected: bool = False) -> _Watched:
         watched = _Watched(engine)
         watched.protected = protected
+        self._note(engine)
         with self._lock:
             self._engines[engine.pair_id, engine.role] = watched
         engine.listen(lambda _engine, report: self._on_report(watched, report))
         return watched
+
+    def _note(self, engine: Engine) -> None:
+        self._newest[engine.pair_id] = max(engine.generation, self._newest.get(engine.pair_id, 0))
+
+    def _is_settled(self, watched: _Watched) -> bool:
+        """Has the guest a newer engine? Then nothing is left to be done for this one."""
+        return self._newest.get(watched.engine.pair_id, 0) > watched.engine.generation
 
     def _stop(self, watched: _Watched, reason: str) -> None:
         """A planned end, of a pair that is disarmed."""
@@ -222,7 +265,7 @@ class Agent:
             watched.engine.kill()
         if watched.engine.role == Role.PRIMARY and watched.state != "ended":
             # It was killed, or died on the way: what it held is still held.
-            self._unbuffer(watched)
+            self._let_go(watched)
         if watched.engine.role == Role.BACKUP:
             self._drop_standby(watched.engine.instance_id)
 
@@ -251,7 +294,9 @@ class Agent:
     def _on_protected(self, watched: _Watched, report: Report) -> None:
         watched.protected = True
         grant = self._insist(lambda: self._protection(watched, "protected", ""))
-        if not grant.granted:
+        if not _is_answer(grant):
+            LOG.error("pair %s: the arbiter cannot tell: %s", watched.engine.pair_id, grant.reason)
+        elif not grant.granted:
             watched.engine.order("fence" if grant.generation > watched.engine.generation else "stop",
                                  reason=grant.reason)
 
@@ -265,8 +310,11 @@ class Agent:
     def _on_promoted(self, watched: _Watched, report: Report) -> None:
         watched.promoted = watched.ended = True
         LOG.info("pair %s: the guest runs here", watched.engine.pair_id)
-        self._insist(lambda: self._manager.report_promoted(*self._voice(watched), report["timeline"]))
+        grant = self._insist(lambda: self._manager.report_promoted(*self._voice(watched), report["timeline"]))
         watched.engine.order("seen")
+        if not grant.granted and _is_answer(grant):
+            # It stood still for long, and the server was given up or elsewhere meanwhile.
+            self._destroy(watched, grant.reason)
 
     def _on_fenced(self, watched: _Watched, report: Report) -> None:
         watched.protected = watched.ended = True
@@ -279,14 +327,15 @@ class Agent:
             lambda: self._manager.disarm(InstanceId(watched.engine.instance_id), "the guest was shut down"),)).start()
 
     def _on_ended(self, watched: _Watched, report: Report) -> None:
-        watched.ended = True
+        # After a failure its end is no answer: what was granted, and failed, must be told of.
+        watched.ended = not watched.failure
         watched.engine.order("seen")
-        if watched.engine.role == Role.BACKUP:
+        if watched.ended and watched.engine.role == Role.BACKUP:
             self._drop_standby(watched.engine.instance_id)
 
     def _on_failed(self, watched: _Watched, report: Report) -> None:
         """The engine could not go on. What that means is settled when it is gone."""
-        watched.failure = report["reason"]
+        watched.failure, watched.lasting = report["reason"], report.get("lasting", False)
         LOG.error("pair %s: the %s engine failed: %s", watched.engine.pair_id, watched.engine.role, watched.failure)
         watched.engine.order("seen")
 
@@ -305,8 +354,8 @@ class Agent:
         elif watched.protected:
             self._go_on_alone(watched, reason)
         else:
-            self._insist(lambda: self._protection(watched, "failed", reason))
-            self._unbuffer(watched)
+            self._insist(lambda: self._protection(watched, "refused" if watched.lasting else "failed", reason))
+            self._let_go(watched)
 
     def _lose_backup(self, watched: _Watched, reason: str) -> None:
         """The primary notices by itself. A standby that was granted the pair, and failed, must be told of."""
@@ -319,15 +368,16 @@ class Agent:
         def ask() -> Grant:
             return self._manager.request_degrade(*self._voice(watched), reason)
 
-        grant = self._insist(ask)
-        # A refusal within the engine's own generation is none for good either: see PrimaryEngine.
-        while not _is_answer(grant) or (not grant.granted and grant.generation == watched.engine.generation):
-            self._sleep(_RETRY_S)
+        while not self._is_settled(watched):
             grant = self._insist(ask)
-        if grant.granted:
-            self._unbuffer(watched)
-        else:
-            self._destroy(watched, grant.reason)
+            # A refusal within the engine's own generation is none for good either: see PrimaryEngine.
+            if _is_answer(grant) and (grant.granted or grant.generation != watched.engine.generation):
+                if grant.granted:
+                    self._let_go(watched)
+                else:
+                    self._destroy(watched, grant.reason)
+                return
+            self._sleep(_RETRY_S)
 
     def _drop_standby(self, instance_id: str) -> bool:
         """Destroys a standby that was never promoted: one that waits for its stream. Whatever runs, or is paused
@@ -339,17 +389,21 @@ class Agent:
         LOG.warning("pair %s: fenced: %s", watched.engine.pair_id, reason)
         while True:
             try:
-                self._guests.destroy(watched.engine.instance_id)
+                with self._turns.of(watched.engine.pair_id):
+                    if not self._is_settled(watched):
+                        self._guests.destroy(watched.engine.instance_id)
                 return
             except FtvmError as error:
                 LOG.warning("pair %s: the guest is not destroyed yet: %s", watched.engine.pair_id, error)
                 self._sleep(_RETRY_S)
 
-    def _unbuffer(self, watched: _Watched) -> None:
+    def _let_go(self, watched: _Watched) -> None:
         try:
-            self._guests.unbuffer(watched.engine.instance_id)
+            with self._turns.of(watched.engine.pair_id):
+                if not self._is_settled(watched):
+                    self._guests.let_go(watched.engine.instance_id)
         except FtvmError as error:
-            LOG.warning("pair %s: its output could not be released: %s", watched.engine.pair_id, error)
+            LOG.warning("pair %s: its output and disks could not be let go: %s", watched.engine.pair_id, error)
 
     # The manager
 

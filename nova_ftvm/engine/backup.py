@@ -136,6 +136,8 @@ class BackupEngine:
             self._lease.on_heard(self._clock())
             if frame.kind is wire.Kind.GUEST_GONE:
                 self._follow(self._lease.on_guest_gone(self._clock()))
+            elif frame.kind is wire.Kind.HAND_OVER:
+                self._follow(self._lease.on_handed_over(self._clock()))
             elif frame.kind is wire.Kind.BYE:
                 self._follow(self._lease.on_bye())
             elif frame.kind is not wire.Kind.BEAT and self._lease.watch in HOLDS_REPLICA:

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import select
 import selectors
+import signal
 import time
 from collections.abc import Callable, Collection, Iterator
 
@@ -89,7 +90,8 @@ class PrimaryEngine:
             Act.REPORT_PROTECTED: lambda: self._control.report("protected"),
             Act.SAY_BYE: lambda: self._say(wire.Kind.BYE),
             Act.SAY_GUEST_GONE: lambda: self._say(wire.Kind.GUEST_GONE),
-            Act.FENCE: lambda: self._control.report("fenced", reason=self._loop.reason),
+            Act.SAY_HAND_OVER: lambda: self._say(wire.Kind.HAND_OVER),
+            Act.FENCE: self._fence,
             Act.BEAT: lambda: self._say(wire.Kind.BEAT),
         }
 
@@ -206,6 +208,8 @@ class PrimaryEngine:
                     self._do(self._loop.on_grant(grant))
             elif what == "stop":
                 self._do(self._loop.on_stop(order["reason"]))
+            elif what == "hand_over":
+                self._do(self._loop.on_hand_over(self._clock()))
             elif what == "fence":
                 self._do(self._loop.on_fence(order["reason"]))
 
@@ -263,6 +267,13 @@ class PrimaryEngine:
         self._send(wire.encode_commit(self._generation, epoch, frames, checkpoint.page_count,
                                       checkpoint.cut.writes))
         trip(Fault.SHIPPED)
+
+    def _fence(self) -> None:
+        """QEMU ends here and now: an agent that dies meanwhile would never hear of it, and in the end the buffers' own
+        timers would release what must never be heard."""
+        with contextlib.suppress(OSError):  # It is gone.
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        self._control.report("fenced", reason=self._loop.reason)
 
     def _release(self) -> None:
         trip(Fault.BEFORE_RELEASE)

@@ -2,6 +2,7 @@
 
 from typing import Any, Protocol
 
+from nova_ftvm.exception import Unsupported
 from nova_ftvm.rpc import common
 from nova_ftvm.types import Generation, InstanceId, PairId
 
@@ -27,6 +28,13 @@ class Agents(Protocol):
 
     def fence(self, host: str, pair_id: PairId, generation: Generation, instance_id: InstanceId,
               timeout_s: float | None = None) -> None: ...
+
+    def discard_standby(self, host: str, instance_id: InstanceId) -> bool: ...
+
+
+def lasting(error: Exception) -> bool:
+    """Did the agent say that it will refuse again, as something is missing that protection needs?"""
+    return getattr(error, "exc_type", None) == Unsupported.__name__
 
 
 def said(error: Exception) -> str:

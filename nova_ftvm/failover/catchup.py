@@ -6,9 +6,10 @@ and changed after it, and each step can be repeated whole. So a manager may die 
     bindings    the ports' bindings on the backup's host become the active ones (from the grant on: frames need them)
     role        the backup server is marked as promoted: its host must not destroy the domain with it
     allocation  its reservation in Placement is freed, as the server itself needs the room
-    evacuate    the source is fenced and told to be down, and Nova is asked to move the server
+    evacuate    the source is fenced and told to be down, and Nova is asked to move the server; unless its own live
+                migration is about to, which is how the owner asks for a switchover
     settle      until the server is ACTIVE on the backup's host
-    tidy        the old bindings and the backup server go
+    tidy        the old bindings, what the server still reserves on its old host, and the backup server go
 
 A step that fails is tried again with back-off, for ever: the guest runs meanwhile, and ft:reason says what is wrong.
 """
@@ -28,6 +29,7 @@ from nova_ftvm.types import PairState
 
 LOG = log.getLogger(__name__)
 
+_MIGRATING = "migrating"
 _REBUILDING = ("rebuilding", "rebuild_block_device_mapping", "rebuild_spawning")
 
 
@@ -46,6 +48,11 @@ class ServerGone(FtvmError):
 def settled(server: Server, host: str) -> bool:
     """Has Nova followed? The old host with SHUTOFF and no task shows for a moment in between."""
     return server.host == host and server.task_state is None and server.vm_state == "active"
+
+
+def resumed(pair: Pair) -> bool:
+    """Does the guest run with its memory? Otherwise Nova boots it from the backup's disks: see Arbiter.start_anew."""
+    return "running_at" in pair.timeline
 
 
 class CatchUp:
@@ -88,10 +95,11 @@ class CatchUp:
 
     def _finish(self, pair: Pair) -> Pair:
         now = self._clock.now()
+        how = "" if resumed(pair) else ", started anew there from its disks"
         done = self._store.change(
             pair, step=NOTHING, attempts=0, primary_host=pair.active_host, backup_id=None, backup_host=None,
             timeline={**pair.timeline, "nova_done_at": now}, retry_at=now + self._settings.settle_s,
-            reason=f"failed over from {pair.primary_host} to {pair.active_host}; no backup yet")
+            reason=f"failed over from {pair.primary_host} to {pair.active_host}{how}; no backup yet")
         LOG.info("Pair %s generation %d: Nova has followed the guest of server %s to %s", pair.id, pair.generation,
                  pair.instance_id, pair.active_host)
         return done
@@ -133,6 +141,10 @@ class CatchUp:
         server = self._server(pair)
         if server.host == host or server.task_state in _REBUILDING:
             return  # asked for already; what hangs, `settle` resets
+        if server.task_state == _MIGRATING and host in self._cloud.moving_to(server.id):
+            return  # a switchover: Nova's own live migration brings the record here
+        if not resumed(pair):
+            self._discard(pair, host)
         source = server.host or pair.primary_host
         alive = self._fence(pair, source)
         self._store.mark_forced_down(source, True)
@@ -146,6 +158,14 @@ class CatchUp:
         finally:
             if alive:
                 self.lift(source)
+
+    def _discard(self, pair: Pair, host: str) -> None:
+        """What is left of a standby that could not be resumed; the disks stay. A guest that runs after all stays too,
+        and Nova adopts it."""
+        try:
+            self._agents.discard_standby(host, pair.instance_id)
+        except AgentFailed as error:
+            raise StepFailed("evacuate", f"the agent of {host} does not answer: {said(error)}") from error
 
     def _fence(self, pair: Pair, source: str) -> bool:
         """Ends the old guest; says whether the source's agent lives. Silence is no proof of death, and need not be:
@@ -188,6 +208,12 @@ class CatchUp:
             for binding in self._cloud.bindings(port.id):
                 if binding.host == pair.primary_host and not binding.active:
                     self._cloud.unbind(port.id, binding.host)
+        try:
+            self._cloud.release_allocation(pair.instance_id, pair.primary_host)
+        except CloudRefused as error:
+            # It is Nova's in the end: it goes when the source's nova-compute starts.
+            LOG.warning("Pair %s generation %d: %s stays reserved on %s: %s", pair.id, pair.generation,
+                        pair.instance_id, pair.primary_host, error)
         if pair.backup_id is not None:
             self._cloud.delete_server(pair.backup_id)
 

@@ -100,11 +100,17 @@ class Cloud(Protocol):
     def evacuate(self, server_id: str, host: str) -> None:
         """Asks for it; the server is not stopped afterwards. NOT idempotent: refused while one is under way."""
 
+    def moving_to(self, server_id: str) -> list[str]:
+        """The hosts that Nova is live-migrating the server to: one, or none."""
+
     def force_down(self, host: str, down: bool) -> None:
         """Tells Nova that the host's compute service is down, or takes it back."""
 
     def delete_allocation(self, consumer_id: str) -> None:
         """Frees the consumer's reservation in Placement; none is fine."""
+
+    def release_allocation(self, server_id: str, host: str) -> None:
+        """Frees what the server still reserves of a host that it has left; nothing is fine."""
 
     def ports(self, instance_id: str) -> list[Port]: ...
 

@@ -1,5 +1,6 @@
 """What the agents report, and what follows from it for engines that are over."""
 
+import dataclasses
 import re
 from typing import Any
 
@@ -9,7 +10,7 @@ from nova_ftvm.db.records import Engine, Host, Pair
 from nova_ftvm.db.store import Store
 from nova_ftvm.exception import LostRace
 from nova_ftvm.failover.arbiter import ALONE
-from nova_ftvm.failover.settings import Clock
+from nova_ftvm.failover.settings import Clock, Settings
 from nova_ftvm.types import PairState, Role
 
 LOG = log.getLogger(__name__)
@@ -33,6 +34,12 @@ def lingers(pair: Pair, host: str, engine: Engine, now: float) -> bool:
     return pair.state in ALONE and host == pair.active_host
 
 
+def lists(host: Host | None, pair: Pair, role: Role | None = None) -> bool:
+    """Does the host run an engine of the pair, in whatever generation?"""
+    return host is not None and any(
+        engine.pair_id == pair.id and role in (None, engine.role) for engine in host.engines)
+
+
 def present(host: Host | None, pair: Pair) -> bool:
     """Does the host run an engine of the pair's generation?"""
     return host is not None and any(
@@ -42,17 +49,22 @@ def present(host: Host | None, pair: Pair) -> bool:
 class Hosts:
     """Takes the agents' reports."""
 
-    def __init__(self, store: Store, clock: Clock) -> None:
+    def __init__(self, store: Store, clock: Clock, settings: Settings) -> None:
         self._store = store
         self._clock = clock
+        self._settings = settings
 
     def report(self, name: str, report: dict[str, Any]) -> list[str]:
         """Keeps the report; returns the pairs whose engine on this host must be fenced."""
         engines = tuple(Engine(pair_id=engine["pair_id"], role=engine["role"], generation=engine["generation"],
                                state=engine.get("state", "")) for engine in report.get("engines", ()))
-        self._store.report(Host(
-            name=name, capable=bool(report["capable"]), reason=report.get("reason", ""),
-            data_address=report.get("data_address", ""), reported_at=self._clock.now(), engines=engines))
+        now = self._clock.now()
+        said = Host(name=name, capable=bool(report["capable"]), reason=report.get("reason", ""),
+                    data_address=report.get("data_address", ""), incarnation=str(report.get("incarnation", "")),
+                    reported_at=now, engines=engines)
+        before = self._store.host(name)
+        same = before is not None and before.alive(now, self._settings.agent_down_s) and _word(before) == _word(said)
+        self._store.report(dataclasses.replace(said, since=before.since if before is not None and same else now))
         if not engines:
             return []
         pairs: dict[str, Pair] = {pair.id: pair for pair in self._store.pairs([engine.pair_id for engine in engines])}
@@ -76,6 +88,11 @@ class Hosts:
             self._store.change(pair, progress=reached)
         except LostRace:
             LOG.debug("Pair %s: progress came late", pair.id)
+
+
+def _word(host: Host) -> tuple[object, ...]:
+    """What the agent says of itself and its host, apart from its engines."""
+    return host.capable, host.reason, host.data_address, host.incarnation
 
 
 def _is_first_copy(pair: Pair, host: str, engine: Engine) -> bool:

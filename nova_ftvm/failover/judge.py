@@ -12,24 +12,26 @@ from collections.abc import Mapping
 from nova_ftvm.core.request import ATTACHED_VOLUMES, STATE_KEY, Request
 from nova_ftvm.db.records import Host, Pair
 from nova_ftvm.failover import hosts as agents
+from nova_ftvm.failover import refusals
 from nova_ftvm.failover.arbiter import CATCH_UP, CLEANUP, NOTHING
 from nova_ftvm.failover.cloud import Server
 from nova_ftvm.failover.pairing import candidates
 from nova_ftvm.failover.settings import Settings
-from nova_ftvm.types import PairState
+from nova_ftvm.types import PairState, Role
 
 
 class Act(enum.Enum):
     """What the reconciler does."""
 
     WAIT = "nothing, this time"
-    SHOW = "the server shows what its pair says"
+    SHOW = "the server shows what its pair says, and the reason beside it"
     REFUSE = "the server shows that it is unprotected, and why"
     TRY = "look closer at the server, and make a pair if nothing stands against it"
     FOLLOW = "the pair's worker has something to do"
     DISARM = "the pair is given up"
     GIVE_UP = "the pair is given up, and tried again later"
-    FAIL = "the pair needs a hand"
+    FAIL = "the pair is lost until somebody or something comes back"
+    START_ANEW = "a promotion ends without a guest: Nova boots the server from the backup's disks"
     FORGET = "the row goes"
 
 
@@ -51,13 +53,23 @@ class View:
     hosts: Mapping[str, Host]
     now: float
     settings: Settings
+    #: Since when somebody is heard at all: a manager that was deaf, or has just started, takes nobody for dead yet.
+    hearing_since: float = 0.0
 
     def alive(self, host: str | None) -> bool:
         found = self.hosts.get(host or "")
         return found is not None and found.alive(self.now, self.settings.agent_down_s)
 
+    def lost(self, host: str | None) -> bool:
+        return not self.alive(host) and self.older(self.hearing_since, self.settings.agent_down_s)
+
     def older(self, moment: float, age_s: float) -> bool:
         return self.now - moment > age_s
+
+    def waits(self, pair: Pair) -> bool:
+        """Is its next try still to come? A time that is further off than any pause was told by another clock."""
+        longest_s = max(self.settings.retry_limit_s, self.settings.settle_s)
+        return 0 < pair.retry_at - self.now <= longest_s or 0 <= self.now - pair.moved_at <= self.settings.settle_s
 
 
 _SHOW, _WAIT, _FOLLOW = Verdict(Act.SHOW), Verdict(Act.WAIT), Verdict(Act.FOLLOW)
@@ -66,12 +78,12 @@ _SWITCHED_OFF = "fault tolerance is switched off: set the property ft to 'true' 
 
 def judge(view: View) -> Verdict:
     """The whole judgement; each part below answers, or passes on with None."""
-    if view.server is None:
-        return _without_server(view.pair)
     pair = view.pair
+    if pair is not None and pair.state is PairState.PROMOTING:
+        return _promoting(view, pair)
+    if view.server is None:
+        return _without_server(pair)
     if pair is not None:
-        if pair.state is PairState.PROMOTING:
-            return _promoting(view, pair)
         if pair.step in CATCH_UP:
             return _FOLLOW if view.now >= pair.retry_at else _SHOW
         if pair.step == CLEANUP and pair.state in (PairState.DISABLED, PairState.ERROR):
@@ -89,18 +101,28 @@ def _without_server(pair: Pair | None) -> Verdict:
         return _WAIT
     if pair.step in CATCH_UP and pair.state is PairState.DEGRADED:
         return _FOLLOW
-    if pair.state is PairState.PROMOTING:
-        return Verdict(Act.FAIL, gone)
     if pair.state is PairState.DISABLED:
         return Verdict(Act.FORGET) if pair.step == NOTHING else _FOLLOW
     return Verdict(Act.DISARM, gone)
 
 
 def _promoting(view: View, pair: Pair) -> Verdict:
-    if view.older(pair.moved_at, view.settings.step_timeout_s):
-        return Verdict(Act.FAIL, f"the backup on {pair.backup_host} did not say that the guest runs: "
-                                 "check that host, then evacuate or hard-reboot the server")
-    return _FOLLOW
+    """The voice is with active_host for good. Its silence is no evidence: the guest may run there, or is about to."""
+    granted, slow = pair.active_host, view.older(pair.moved_at, view.settings.step_timeout_s)
+    if view.alive(granted):
+        reported_at = view.hosts[granted].reported_at
+        idle = (reported_at - pair.moved_at > view.settings.agent_down_s
+                and not agents.lists(view.hosts[granted], pair))
+        if idle or slow:
+            return Verdict(Act.START_ANEW, f"{granted} did not say that the guest runs")
+        return _FOLLOW
+    if not slow or not view.lost(granted):
+        return _FOLLOW
+    if view.server is None or not view.request.wanted:
+        # The owner's word ends it; that the host is off, and stays off, is theirs to see to.
+        return Verdict(Act.FAIL, f"given up while {granted}, which was to resume the guest, was silent")
+    return Verdict(Act.SHOW, f"{granted} is silent since: bring it back. If it is gone for good, and off, switch ft "
+                             "off, start or evacuate the server, and switch ft on")
 
 
 def _unwanted(view: View, server: Server) -> Verdict:
@@ -124,7 +146,7 @@ def _armed(view: View, pair: Pair, server: Server) -> Verdict:
             and view.older(server.updated_at, view.settings.agent_down_s)):
         return Verdict(Act.DISARM, f"the server is {server.vm_state}")
     return {PairState.PENDING: _pending, PairState.SYNCING: _syncing, PairState.PROTECTED: _protected,
-            PairState.DEGRADED: _degraded, PairState.ERROR: lambda *_: _SHOW}[pair.state](view, pair)
+            PairState.DEGRADED: _alone, PairState.ERROR: _alone}[pair.state](view, pair)
 
 
 def _pending(view: View, pair: Pair) -> Verdict:
@@ -132,14 +154,18 @@ def _pending(view: View, pair: Pair) -> Verdict:
         return Verdict(Act.GIVE_UP, f"no host can take the backup: {view.backup.fault or 'its server is in error'}")
     if view.older(pair.moved_at, view.settings.step_timeout_s):
         return Verdict(Act.GIVE_UP, f"the backup was not ready after {view.settings.step_timeout_s:g} s")
+    place = pair.backup_host or (None if view.backup is None else view.backup.host)
+    for host in filter(None, (pair.primary_host, place)):
+        if view.lost(host):
+            return Verdict(Act.GIVE_UP, f"the agent of {host} was lost while the backup was made")
     return _backup_lost(view, pair) or _FOLLOW
 
 
 def _syncing(view: View, pair: Pair) -> Verdict:
-    if not view.alive(pair.primary_host):
+    if view.lost(pair.primary_host):
         return Verdict(Act.FAIL, f"the agent of {pair.primary_host} was lost before the first copy was whole: "
                                  "if the host is dead, evacuate the server; if not, start nova-ftvm-agent there")
-    if not view.alive(pair.backup_host):
+    if view.lost(pair.backup_host):
         return Verdict(Act.GIVE_UP, f"the agent of {pair.backup_host} was lost during the first copy")
     if view.backup is not None and view.backup.vm_state == "error":
         return Verdict(Act.GIVE_UP, f"the backup server failed: {view.backup.fault or 'it is in error'}")
@@ -155,18 +181,23 @@ def _syncing(view: View, pair: Pair) -> Verdict:
 def _protected(view: View, pair: Pair) -> Verdict:
     """An engine that is left asks the arbiter itself. Only when none is left must somebody else act."""
     none_left = _unheard_of(view, pair, pair.primary_host) and (
-        not view.alive(pair.backup_host) or _unheard_of(view, pair, pair.backup_host))
+        view.lost(pair.backup_host) or _unheard_of(view, pair, pair.backup_host))
     if none_left:
         return Verdict(Act.GIVE_UP, f"no engine is left on {pair.primary_host} and {pair.backup_host}")
-    return _backup_lost(view, pair) or _SHOW
+    silent = [host for host in (pair.primary_host, pair.backup_host) if view.lost(host)]
+    note = f"but no agent reports from {' and '.join(map(str, silent))}: see to it" if silent else ""
+    return _backup_lost(view, pair) or Verdict(Act.SHOW, note)
 
 
-def _degraded(view: View, pair: Pair) -> Verdict:
+def _alone(view: View, pair: Pair) -> Verdict:
+    """DEGRADED or ERROR: a new backup is made as soon as nothing stands against it; until then the server shows what
+    does. An ERROR ends so without [manager]repair too: there its owner has been promised protection, and had none."""
     if pair.step != NOTHING:
         return _FOLLOW
-    if not view.settings.repair or view.now < pair.retry_at or _refused(view, view.server) is not None:
+    if view.waits(pair) or (pair.state is PairState.DEGRADED and not view.settings.repair):
         return _SHOW
-    return Verdict(Act.TRY)
+    refused = _refused(view, view.server)
+    return Verdict(Act.TRY) if refused is None else Verdict(Act.SHOW, refused.reason)
 
 
 def _backup_lost(view: View, pair: Pair) -> Verdict | None:
@@ -195,14 +226,21 @@ def _refused(view: View, server: Server | None) -> Verdict | None:
         return Verdict(Act.REFUSE, f"the agent of {server.host} does not report: start nova-ftvm-agent on that host")
     if not host.capable:
         return Verdict(Act.REFUSE, f"host {server.host} cannot protect servers: {host.reason or 'no reason given'}")
-    if not candidates(view.hosts, server.host, view.now, view.settings.agent_down_s):
-        return Verdict(Act.REFUSE, "no other host can hold the backup: start nova-ftvm-agent on another compute host, "
-                                   "and see its log if it runs")
+    if view.pair is not None and server.host != view.pair.active_host and agents.lists(host, view.pair, Role.PRIMARY):
+        return Verdict(Act.REFUSE, f"the guest on {server.host} is over and is being destroyed: the server was given "
+                                   f"to {view.pair.active_host}")
+    refused = refusals.standing(view.pair, view.hosts, view.now, view.settings)
+    if server.host in refused:
+        return Verdict(Act.REFUSE, refused[server.host].reason)
+    if not candidates(view.hosts, server.host, view.now, view.settings.agent_down_s, refused):
+        why = "; ".join(refusal.reason for name, refusal in sorted(refused.items()) if view.alive(name))
+        return Verdict(Act.REFUSE, why or "no other host can hold the backup: start nova-ftvm-agent on another compute "
+                                          "host, and see its log if it runs")
     return None
 
 
 def _due(view: View, pair: Pair | None) -> Verdict:
     """A pair that was given up is tried again after a while."""
-    if pair is not None and (view.now < pair.retry_at or not view.older(pair.moved_at, view.settings.settle_s)):
+    if pair is not None and view.waits(pair):
         return _SHOW
     return Verdict(Act.TRY)

@@ -15,12 +15,12 @@ from nova_ftvm.db.store import Store
 from nova_ftvm.exception import FtvmError, LostRace, PairNotFound
 from nova_ftvm.failover import shown
 from nova_ftvm.failover.agents import Agents
-from nova_ftvm.failover.arbiter import CATCH_UP, CLEANUP, ENGINES, Arbiter, was_granted
-from nova_ftvm.failover.catchup import CatchUp, StepFailed
+from nova_ftvm.failover.arbiter import CATCH_UP, CLEANUP, ENGINES, Announce, Arbiter, was_granted
+from nova_ftvm.failover.catchup import CatchUp, StepFailed, resumed
 from nova_ftvm.failover.cloud import Cloud, CloudRefused, CloudUnavailable
 from nova_ftvm.failover.hosts import Hosts
 from nova_ftvm.failover.loops import Queue
-from nova_ftvm.failover.pairing import Pairing, PlaceLost
+from nova_ftvm.failover.pairing import InLine, Pairing, PlaceLost
 from nova_ftvm.failover.reconcile import Reconciler
 from nova_ftvm.failover.settings import Clock, Settings
 from nova_ftvm.rpc.manager import Adoption, StandbyPlan
@@ -40,14 +40,14 @@ class Manager:
     """Builds the parts; its methods are ManagerApi's (without the RPC context)."""
 
     def __init__(self, store: Store, cloud: Cloud, agents: Agents, clock: Clock, settings: Settings,
-                 queue: Queue[PairId]) -> None:
+                 queue: Queue[PairId], announce: Announce = lambda before, after: None) -> None:
         self._store = store
         self._cloud = cloud
         self._clock = clock
         self._settings = settings
         self._queue = queue
-        self._hosts = Hosts(store, clock)
-        self.arbiter = Arbiter(store, clock, settings)
+        self._hosts = Hosts(store, clock, settings)
+        self.arbiter = Arbiter(store, clock, settings, announce)
         self._pairing = Pairing(store, self.arbiter, cloud, agents, clock, settings)
         self._catch_up = CatchUp(store, self.arbiter, cloud, agents, clock, settings, keep=self._claim)
         self.reconciler = Reconciler(store, self.arbiter, cloud, agents, self._pairing, self._catch_up, clock,
@@ -67,7 +67,7 @@ class Manager:
     def report_protection(self, pair_id: str, generation: int, host: str, state: str, detail: str) -> dict[str, Any]:
         if state == "protected":
             return self._answer(pair_id, self.arbiter.synced(PairId(pair_id), generation, host))
-        return self._answer(pair_id, self._failed(PairId(pair_id), generation, host, detail))
+        return self._answer(pair_id, self._failed(PairId(pair_id), generation, host, detail, state == "refused"))
 
     def report_promoted(self, pair_id: str, generation: int, host: str, timeline: dict[str, float],
                         failure: str) -> dict[str, Any]:
@@ -78,9 +78,10 @@ class Manager:
     def standby_plan(self, backup_id: str, host: str) -> StandbyPlan | None:
         return self._pairing.plan(backup_id, host)
 
-    def standby_ready(self, pair_id: str, generation: int, host: str, failure: str) -> dict[str, Any]:
+    def standby_ready(self, pair_id: str, generation: int, host: str, failure: str,
+                      lasting: bool = False) -> dict[str, Any]:
         if failure:
-            return self._answer(pair_id, self._failed(PairId(pair_id), generation, host, failure))
+            return self._answer(pair_id, self._failed(PairId(pair_id), generation, host, failure, lasting))
         return self._answer(pair_id, self.arbiter.placed(PairId(pair_id), generation, host))
 
     def disarm(self, instance_id: str, reason: str) -> dict[str, Any]:
@@ -99,6 +100,14 @@ class Manager:
             self._pairing.stop_engine(moved, moved.active_host)
             self._queue.put(moved.id)
         return {"disarmed": True}
+
+    def switchover(self, instance_id: str, host: str) -> dict[str, Any]:
+        pair = self._store.pair_of(InstanceId(instance_id))
+        if pair is None or pair.state is not PairState.PROTECTED or pair.backup_host != host:
+            state = "not protected" if pair is None else f"{pair.state}, its backup on {pair.backup_host or 'no host'}"
+            return {"ready": False, "reason": f"the server is {state}"}
+        self._pairing.remove_bindings(pair)
+        return {"ready": True, "reason": ""}
 
     def adoption(self, instance_id: str, host: str) -> Adoption:
         pair = self._store.pair_of(InstanceId(instance_id))
@@ -126,11 +135,12 @@ class Manager:
             return None, Grant(False, pair.generation, f"the pair is {pair.state} in generation {pair.generation}")
         return pair, Grant(True, pair.generation)
 
-    def _failed(self, pair_id: PairId, generation: int, host: str, failure: str) -> Grant:
+    def _failed(self, pair_id: PairId, generation: int, host: str, failure: str, lasting: bool) -> Grant:
         pair, grant = self._of_side(pair_id, generation, host)
         if pair is not None and pair.state in (PairState.PENDING, PairState.SYNCING, PairState.PROTECTED):
             try:
-                self.arbiter.give_up(pair, f"protection failed on {host}: {failure}", failed=True)
+                self.arbiter.give_up(pair, f"protection failed on {host}: {failure}", failed=True,
+                                     refused_by=host if lasting else "")
             except LostRace as error:
                 return Grant(False, pair.generation, str(error))
         return grant
@@ -138,12 +148,12 @@ class Manager:
     def _promotion_failed(self, pair_id: PairId, generation: int, host: str, failure: str) -> Grant:
         try:
             pair = self._store.pair(pair_id)
-            if pair.state is PairState.PROMOTING and was_granted(pair, generation, host):
-                pair = self.arbiter.fail(pair, f"the backup on {host} could not be resumed ({failure}): "
-                                               "evacuate or hard-reboot the server")
+            granted = was_granted(pair, generation, host)
+            if pair.state is PairState.PROMOTING and granted:
+                pair = self.arbiter.start_anew(pair, failure)
         except (LostRace, PairNotFound) as error:
             return Grant(False, Generation(0), str(error))
-        return Grant(pair.state is PairState.ERROR, pair.generation, f"the pair is {pair.state}")
+        return Grant(granted and pair.state is PairState.DEGRADED, pair.generation, f"the pair is {pair.state}")
 
     # -- the slow work
 
@@ -171,7 +181,9 @@ class Manager:
         try:
             self._show(self._work(pair))
         except PlaceLost as error:
-            return self._put_off(pair, str(error))
+            return self._put_off(pair, error)
+        except InLine as error:
+            return self._wait_in_line(pair, str(error))
         except StepFailed as error:
             return self._retry(pair, str(error), error.back_to)
         except (CloudRefused, CloudUnavailable) as error:
@@ -199,12 +211,15 @@ class Manager:
         if server is not None:
             shown.show_pair(self._cloud, server, pair)
 
-    def _put_off(self, pair: Pair, reason: str) -> float | None:
-        """The backup cannot be made: the pair is given up, and reconcile tries again later. A backup that cannot be
-        removed is tried again as it is."""
-        if pair.step == CLEANUP:
-            return self._retry(pair, reason, None)
-        self.arbiter.give_up(pair, reason, failed=True)
+    def _wait_in_line(self, pair: Pair, reason: str) -> float | None:
+        """It is looked at again soon: what it waits for may end at another manager."""
+        if pair.reason != reason:
+            self._show(self._store.change(pair, reason=reason))
+        return self._settings.retry_s
+
+    def _put_off(self, pair: Pair, error: PlaceLost) -> float | None:
+        """The backup cannot be made: the pair is given up, and reconcile tries again later."""
+        self.arbiter.give_up(pair, str(error), failed=True, refused_by=error.refused_by)
         return 0.0
 
     def _retry(self, pair: Pair, reason: str, back_to: str | None) -> float | None:
@@ -217,7 +232,8 @@ class Manager:
         pair = self._store.change(pair, attempts=attempts, step=back_to or pair.step,
                                   retry_at=self._clock.now() + delay_s)
         if attempts >= _TELL_AFTER and pair.step in CATCH_UP:
-            told = f"the guest runs on {pair.active_host}, but Nova does not follow: {reason}"
+            told = (f"the guest runs on {pair.active_host}, but Nova does not follow: {reason}" if resumed(pair) else
+                    f"the server does not start anew on {pair.active_host}: {reason}")
             pair = self._store.change(pair, reason=told)
             try:
                 self._show(pair)

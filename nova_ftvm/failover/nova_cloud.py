@@ -95,11 +95,34 @@ class NovaCloud:
     def evacuate(self, server_id: str, host: str) -> None:
         self._action(server_id, {"evacuate": {"host": host}}, _EVACUATE)
 
+    def moving_to(self, server_id: str) -> list[str]:
+        answer = self._need("compute", "GET", f"/servers/{server_id}/migrations", _READ)
+        return [migration["dest_compute"] for migration in answer["migrations"]]
+
     def force_down(self, host: str, down: bool) -> None:
         self._call("compute", "PUT", f"/os-services/{self._service_id(host)}", _SERVICES, {"forced_down": down})
 
     def delete_allocation(self, consumer_id: str) -> None:
         self._call("placement", "DELETE", f"/allocations/{consumer_id}", _PLACEMENT, missing=True)
+
+    def release_allocation(self, server_id: str, host: str) -> None:
+        root = self._compute_node(host)
+        if root is None:
+            return
+        tree = self._need("placement", "GET", f"/resource_providers?in_tree={root}", _PLACEMENT)["resource_providers"]
+        held = self._need("placement", "GET", f"/allocations/{server_id}", _PLACEMENT)
+        kept = {provider: {"resources": share["resources"]} for provider, share in held["allocations"].items()
+                if provider not in {provider["uuid"] for provider in tree}}
+        # Nothing but this host: then the server has not left it, or is gone.
+        if not kept or len(kept) == len(held["allocations"]):
+            return
+        try:
+            self._call("placement", "PUT", f"/allocations/{server_id}", _PLACEMENT, {
+                **{key: held[key] for key in ("project_id", "user_id", "consumer_generation")}, "allocations": kept})
+        except CloudRefused as error:
+            if error.status == 409:
+                raise CloudUnavailable(f"somebody else changed the allocation: {error}") from error
+            raise
 
     def ports(self, instance_id: str) -> list[Port]:
         answer = self._need("network", "GET", f"/ports?device_id={instance_id}&fields=id&fields=binding:vnic_type")
@@ -145,6 +168,19 @@ class NovaCloud:
             if not page or not answer.get("servers_links"):
                 return found
             marker = {"marker": page[-1]["id"]}
+
+    def _compute_node(self, host: str) -> str | None:
+        """Its id, which is that of its root resource provider too."""
+        marker: dict[str, str] = {}
+        while True:
+            nodes = self._need("compute", "GET", "/os-hypervisors/detail", _SERVICES,
+                               query={"limit": str(_PAGE), **marker})["hypervisors"]
+            for node in nodes:
+                if node["service"]["host"] == host:
+                    return str(node["id"])
+            if len(nodes) < _PAGE:
+                return None
+            marker = {"marker": nodes[-1]["id"]}
 
     def _service_id(self, host: str) -> str:
         if host not in self._service_ids:

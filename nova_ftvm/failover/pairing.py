@@ -4,25 +4,29 @@ Called by the manager: `place`, `start_engines` and `remove_backup` from the pai
 `plan` from the RPC method of the driver that spawns the backup. Each can be repeated after a crash at any point.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 
 from oslo_log import log
 
 from nova_ftvm.db.records import Host, Pair
 from nova_ftvm.db.store import Store
 from nova_ftvm.exception import FtvmError, LostRace
-from nova_ftvm.failover import shown
-from nova_ftvm.failover.agents import AgentFailed, Agents, said
+from nova_ftvm.failover import line, refusals, shown
+from nova_ftvm.failover.agents import AgentFailed, Agents, lasting, said
 from nova_ftvm.failover.arbiter import NOTHING, Arbiter
 from nova_ftvm.failover.cloud import GENERATION_KEY, PRIMARY_KEY, Cloud, CloudRefused, Server
 from nova_ftvm.failover.settings import Clock, Settings
 from nova_ftvm.rpc.manager import StandbyPlan
-from nova_ftvm.types import InstanceId, PairState
+from nova_ftvm.types import Generation, InstanceId, PairState
 
 LOG = log.getLogger(__name__)
 
 #: Nothing else holds a pair up for long: a lost agent is asked for so long, and then left to its next report.
 _STOP_S = 3.0
+#: A worker does not wait longer than this for Nova to delete a backup server.
+_DELETION_S = 30.0
+#: A host that has been silent for more than this part of [manager]agent_down_s may be dead.
+_FRESH = 3
 
 
 class NotPlanned(FtvmError):
@@ -32,11 +36,22 @@ class NotPlanned(FtvmError):
 class PlaceLost(FtvmError):
     """The backup cannot be made now, for a reason that the server's owner or the operator can read."""
 
+    def __init__(self, reason: str, refused_by: str = "") -> None:
+        """refused_by: the host that will say the same again as long as nothing changes."""
+        super().__init__(reason)
+        self.refused_by = refused_by
 
-def candidates(hosts: Mapping[str, Host], primary_host: str, now: float, limit_s: float) -> list[str]:
-    """Hosts that can hold a backup of a server on `primary_host`."""
+
+class InLine(FtvmError):
+    """Other pairs synchronise first."""
+
+
+def candidates(hosts: Mapping[str, Host], primary_host: str, now: float, limit_s: float,
+               refused: Container[str] = ()) -> list[str]:
+    """Hosts that can hold a backup of a server on `primary_host`. Nova chooses none that is forced down."""
     return sorted(name for name, host in hosts.items()
-                  if name != primary_host and host.capable and host.alive(now, limit_s))
+                  if name != primary_host and name not in refused and host.capable and host.alive(now, limit_s)
+                  and not host.forced_down_by_us)
 
 
 class Pairing:
@@ -75,7 +90,7 @@ class Pairing:
         return found
 
     def _create(self, pair: Pair, server: Server) -> str:
-        hosts = candidates(self._store.hosts(), pair.primary_host, self._clock.now(), self._settings.agent_down_s)
+        hosts = self._places(pair)
         if not hosts:
             raise PlaceLost("no other capable host is left")
         try:
@@ -86,6 +101,17 @@ class Pairing:
         LOG.info("Pair %s generation %d: backup server %s asked for on one of %s", pair.id, pair.generation,
                  backup_id, ", ".join(hosts))
         return backup_id
+
+    def _places(self, pair: Pair) -> list[str]:
+        """The hosts that Nova may choose from. If there is a choice, none that may just have died with the last backup;
+        and, at the first try, none where other pairs have to be waited for."""
+        hosts, now, limit_s = self._store.hosts(), self._clock.now(), self._settings.agent_down_s
+        refused = refusals.standing(pair, hosts, now, self._settings)
+        places = (candidates(hosts, pair.primary_host, now, limit_s / _FRESH, refused)
+                  or candidates(hosts, pair.primary_host, now, limit_s, refused))
+        load = line.load(self._store.pairs_in(PairState.PENDING, PairState.SYNCING))
+        roomy = [host for host in places if load[host] < self._settings.sync_limit_per_host]
+        return roomy if roomy and pair.attempts == 0 else places
 
     # -- filling
 
@@ -123,17 +149,23 @@ class Pairing:
         return self._store.change(pair, backup_id=backup_id)
 
     def start_engines(self, pair: Pair) -> Pair:
-        """SYNCING: the backup's engine listens, then the primary's connects. Raises PlaceLost."""
+        """SYNCING: the backup's engine listens, then the primary's connects. Raises PlaceLost, InLine."""
         assert pair.backup_host is not None
+        first = line.ahead(pair, self._store.pairs_in(PairState.SYNCING), self._settings.sync_limit_per_host)
+        if first:
+            others = "1 other is" if first == 1 else f"{first} others are"
+            raise InLine(f"the first copy waits in line: {others} first on {pair.primary_host} or {pair.backup_host}")
+        asked = pair.backup_host
         try:
-            listening = self._agents.start_backup(pair.backup_host, pair.id, pair.generation, pair.instance_id,
-                                                  pair.token)
-            self._agents.start_primary(pair.primary_host, pair.id, pair.generation, pair.instance_id,
-                                       listening["address"], listening["port"], pair.token)
+            listening = self._agents.start_backup(asked, pair.id, pair.generation, pair.instance_id, pair.token)
+            asked = pair.primary_host
+            self._agents.start_primary(asked, pair.id, pair.generation, pair.instance_id, listening["address"],
+                                       listening["port"], pair.token)
         except AgentFailed as error:
-            raise PlaceLost(f"the engines did not start: {said(error)}") from error
+            raise PlaceLost(f"the engine on {asked} did not start: {said(error)}",
+                            asked if lasting(error) else "") from error
         try:
-            return self._store.change(pair, step=NOTHING)
+            return self._store.change(pair, step=NOTHING, reason="")
         except LostRace:
             # The first copy was faster than the agent's answer.
             return self._store.pair(pair.id)
@@ -141,7 +173,11 @@ class Pairing:
     # -- removing
 
     def remove_backup(self, pair: Pair) -> Pair:
-        """Step 'cleanup': ends the engines, deletes the backup server and its bindings, and waits until it is gone."""
+        """Step 'cleanup': ends the engines, deletes the backup server and its bindings, and waits for it.
+
+        One that does not go in time, or that is on a silent host, is left to the reconciler's sweep: Nova deletes it
+        once it takes the host for dead, or when the host is back.
+        """
         if pair.backup_host is not None and pair.backup_host != pair.active_host:
             self.stop_engine(pair, pair.backup_host)
         if pair.state is PairState.DISABLED:
@@ -149,23 +185,38 @@ class Pairing:
         backups = self._cloud.backups_of(pair.instance_id)
         for backup in backups:
             self._cloud.delete_server(backup.id)
-        self._remove_bindings(pair)
-        deadline = self._clock.now() + self._settings.step_timeout_s
-        while any(self._cloud.server(backup.id) is not None for backup in backups):
-            if self._clock.now() > deadline:
-                raise PlaceLost(f"Nova does not delete the backup server {backups[0].id}: delete it by hand")
-            self._clock.sleep(self._settings.poll_s)
+        self.remove_bindings(pair)
+        self._await_deletion(pair, self._on_living_hosts(backups))
         return self._store.change(pair, step=NOTHING, backup_id=None, backup_host=None)
 
-    def stop_engine(self, pair: Pair, host: str) -> None:
-        """Best effort: an agent that does not answer is told again when it reports the engine."""
+    def _await_deletion(self, pair: Pair, backups: Sequence[Server]) -> None:
+        """A new backup finds its place more easily when the old one is gone. It may find one all the same."""
+        deadline = self._clock.now() + _DELETION_S
+        while any(self._cloud.server(backup.id) is not None for backup in backups):
+            if self._clock.now() > deadline:
+                LOG.warning("Pair %s generation %d: Nova has not deleted its backup server within %g s and is asked "
+                            "again later", pair.id, pair.generation, _DELETION_S)
+                return
+            self._clock.sleep(self._settings.poll_s)
+
+    def _on_living_hosts(self, backups: Sequence[Server]) -> list[Server]:
+        hosts, now = self._store.hosts(), self._clock.now()
+        return [backup for backup in backups if backup.host is None or backup.host not in hosts
+                or hosts[backup.host].alive(now, self._settings.agent_down_s)]
+
+    def stop_engine(self, pair: Pair, host: str, generation: Generation | None = None) -> None:
+        """Best effort: an agent that does not answer is told again when it reports the engine.
+
+        generation: no newer engine is meant; without it, none that is newer than the pair as it is given.
+        """
         try:
-            self._agents.stop_engine(host, pair.id, pair.generation, pair.reason, timeout_s=_STOP_S)
+            self._agents.stop_engine(host, pair.id, generation or pair.generation, pair.reason, timeout_s=_STOP_S)
         except AgentFailed as error:
             LOG.warning("Pair %s generation %d: the engine on %s was not told to stop: %s", pair.id,
                         pair.generation, host, said(error))
 
-    def _remove_bindings(self, pair: Pair) -> None:
+    def remove_bindings(self, pair: Pair) -> None:
+        """Those on the backup's host that are not active."""
         server = self._cloud.server(pair.instance_id)
         if pair.backup_host is None or server is None or server.host == pair.backup_host:
             return

@@ -23,7 +23,7 @@ from nova_ftvm.failover.cloud import BACKUP_PREFIX, PRIMARY_KEY, Cloud, CloudRef
 from nova_ftvm.failover.judge import Act, Verdict, View, judge
 from nova_ftvm.failover.pairing import Pairing
 from nova_ftvm.failover.settings import Clock, Settings
-from nova_ftvm.types import InstanceId, PairId, PairState
+from nova_ftvm.types import Generation, InstanceId, PairId, PairState
 
 LOG = log.getLogger(__name__)
 
@@ -45,13 +45,15 @@ class Reconciler:
         self._clock = clock
         self._settings = settings
         self._follow = follow
+        #: When somebody was heard first after nobody was. Lost with this process, it only makes the next one patient.
+        self._hearing_since = clock.now()
 
     def all(self) -> None:
         """One whole comparison. Raises CloudUnavailable when Nova does not answer."""
         # The pairs BEFORE the servers: what a pair names was there when the servers were listed.
         pairs = {pair.instance_id: pair for pair in self._store.pairs()}
         servers = {server.id: server for server in self._cloud.servers()}
-        hosts = self._store.hosts()
+        hosts = self._hear()
         for server in servers.values():
             if not self._is_ours(server):
                 self._one(server, pairs.get(InstanceId(server.id)), servers, hosts)
@@ -64,7 +66,7 @@ class Reconciler:
 
     def some(self, server_ids: Iterable[str]) -> None:
         """The servers that notifications named: protected ones, or backups of such."""
-        hosts = self._store.hosts()
+        hosts = self._hear()
         for server_id in server_ids:
             pair = self._store.pair_of(InstanceId(server_id)) or self._store.pair_of_backup(server_id)
             server = self._cloud.server(pair.instance_id if pair is not None else server_id)
@@ -72,6 +74,13 @@ class Reconciler:
                 self._unlisted(pair, {}, hosts)
             elif server is not None and not self._is_ours(server):
                 self._one(server, pair, {}, hosts)
+
+    def _hear(self) -> dict[str, Host]:
+        """The hosts. When all are silent, it is the broker or this manager that was away."""
+        hosts, now = self._store.hosts(), self._clock.now()
+        if not any(host.alive(now, self._settings.agent_down_s) for host in hosts.values()):
+            self._hearing_since = now
+        return hosts
 
     def _is_ours(self, server: Server) -> bool:
         return server.project_id == self._cloud.service_project()
@@ -85,7 +94,7 @@ class Reconciler:
             return
         try:
             view = View(server=server, request=asked, pair=pair, backup=self._backup(pair, known), hosts=hosts,
-                        now=self._clock.now(), settings=self._settings)
+                        now=self._clock.now(), settings=self._settings, hearing_since=self._hearing_since)
             self._carry_out(judge(view), view)
         except LostRace as error:
             LOG.debug("Left to the next pass: %s", error)
@@ -113,9 +122,11 @@ class Reconciler:
             case Act.TRY, _, Server():
                 self._try(server, pair, view)
             case Act.REFUSE, _, Server():
+                if pair is not None and not view.request.wanted:
+                    pair = self._arbiter.forgive(pair)
                 self._refuse(server, pair, verdict.reason)
             case Act.SHOW, Pair(), Server():
-                shown.show_pair(self._cloud, server, pair)
+                shown.show_pair(self._cloud, server, pair, verdict.reason)
             case Act.FOLLOW, Pair(), _:
                 self._follow(pair.id)
             case (Act.DISARM | Act.GIVE_UP), Pair(), _:
@@ -123,6 +134,9 @@ class Reconciler:
                 self._follow(pair.id)
             case Act.FAIL, Pair(), _:
                 self._arbiter.fail(pair, verdict.reason)
+                self._follow(pair.id)
+            case Act.START_ANEW, Pair(), _:
+                self._arbiter.start_anew(pair, verdict.reason)
                 self._follow(pair.id)
             case Act.FORGET, Pair(), _:
                 self._store.forget(pair)
@@ -143,6 +157,8 @@ class Reconciler:
         if why:
             if pair is None or pair.state is PairState.DISABLED:
                 self._refuse(server, pair, why)
+            else:
+                shown.show_pair(self._cloud, server, pair, why)
             return
         begun = self._arbiter.begin(pair, instance_id, server.project_id, server.host,
                                     PairId(uuidutils.generate_uuid()))
@@ -171,8 +187,11 @@ class Reconciler:
 
     def _sweep(self, servers: Iterable[Server]) -> None:
         """Backup servers that no pair names. The rows are read again: a young pair may have named it meanwhile."""
+        # Nova takes no second word for a deletion until it knows that the host is dead; then it needs one.
+        recently = self._clock.now() - self._settings.agent_down_s
         suspects = [server for server in servers if self._is_ours(server) and PRIMARY_KEY in server.metadata
-                    and server.name.startswith(BACKUP_PREFIX) and server.task_state != "deleting"]
+                    and server.name.startswith(BACKUP_PREFIX)
+                    and (server.task_state != "deleting" or server.updated_at < recently)]
         if not suspects:
             return
         pairs = self._store.pairs()
@@ -198,7 +217,8 @@ class Reconciler:
         for host, engine in listed:
             pair = pairs.get(engine.pair_id)
             if pair is not None and reports.lingers(pair, host.name, engine, now):
-                self._pairing.stop_engine(pair, host.name)
+                # That one: what the agent said is old, and the pair's next engine may be there by now.
+                self._pairing.stop_engine(pair, host.name, Generation(engine.generation))
 
     def _lift_hosts(self, hosts: dict[str, Host]) -> None:
         """Hosts that we forced down, whose agent has reported since, and from which no server is being moved."""

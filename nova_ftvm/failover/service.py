@@ -65,6 +65,8 @@ class Service:
         again: float | None = self._settings.retry_s
         try:
             again = self._manager.follow(pair_id)
+        except FtvmError as error:
+            LOG.warning("Pair %s is put off: %s", pair_id, error)
         finally:
             self._queue.done(pair_id)
             if again is not None:

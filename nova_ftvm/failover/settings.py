@@ -23,7 +23,9 @@ class Settings:
     settle_s: float = 3.0
     poll_s: float = 0.15
     fence_answer_s: float = 0.5
-    repair: bool = False
+    repair: bool = True
+    sync_limit_per_host: int = 2
+    refused_retry_s: float = 3600.0
 
     @classmethod
     def of(cls, conf: cfg.ConfigOpts) -> "Settings":
@@ -31,7 +33,8 @@ class Settings:
         return cls(name=conf.host, reconcile_interval_s=group.reconcile_interval_s, agent_down_s=group.agent_down_s,
                    step_timeout_s=group.step_timeout_s, retry_s=group.retry_s, retry_limit_s=group.retry_limit_s,
                    settle_s=group.settle_s, poll_s=group.poll_s, fence_answer_s=group.fence_answer_s,
-                   repair=group.repair)
+                   repair=group.repair, sync_limit_per_host=group.sync_limit_per_host,
+                   refused_retry_s=group.refused_retry_s)
 
     def back_off(self, attempts: int) -> float:
         """Seconds until the next try after `attempts` failures in a row: doubling, with a ceiling."""

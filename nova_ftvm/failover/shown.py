@@ -19,13 +19,14 @@ def sentence(pair: Pair) -> str:
     if pair.state is PairState.PROTECTED:
         return PROTECTED
     if pair.state is PairState.SYNCING:
-        return SYNCING
+        return pair.reason or SYNCING
     return pair.reason or ("the backup is being made" if pair.state is PairState.PENDING else str(pair.state))
 
 
-def show_pair(cloud: Cloud, server: Server, pair: Pair) -> None:
-    """What the pair says; raises as Cloud does."""
-    show(cloud, server, pair.state, sentence(pair), pair.progress if pair.state is PairState.SYNCING else None)
+def show_pair(cloud: Cloud, server: Server, pair: Pair, note: str = "") -> None:
+    """What the pair says, and what stands in its way just now; raises as Cloud does."""
+    reason = f"{sentence(pair)}; {note}" if note else sentence(pair)
+    show(cloud, server, pair.state, reason, pair.progress if pair.state is PairState.SYNCING else None)
 
 
 def show(cloud: Cloud, server: Server, state: PairState, reason: str, progress: float | None = None) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from nova_ftvm import ports
 from nova_ftvm.core.disk import DiskOp, DiskWrite
-from nova_ftvm.exception import GuestGone, MirrorLost, QemuError, ReplicaFailed, Unsupported
+from nova_ftvm.exception import GuestGone, InTheWay, MirrorLost, QemuError, ReplicaFailed, Unsupported
 from nova_ftvm.host import qmp
 from nova_ftvm.host.nbd import NbdClient, NbdServer
 from nova_ftvm.types import Disk
@@ -35,7 +35,7 @@ _SAMPLE_BYTES, _SAMPLES = 1 << 16, 256
 _QCOW2 = struct.Struct(">4sIQIIQIIQ")
 _QCOW2_MAGIC = b"QFI\xfb"
 
-_REMOVE_S = 5.0
+_REMOVE_S = 2.0
 _POLL_S = 0.002
 
 
@@ -168,8 +168,8 @@ class DiskMirror:
         return self._server.fileno()
 
     def start(self, shallow: Collection[int]) -> None:
-        """As ports.Mirror says. Raises Unsupported for a disk that QEMU does not mirror; `remove` also then."""
-        _remove_mirrors(self._monitor, _MIRRORS)
+        """As ports.Mirror says. Raises InTheWay for a disk that QEMU does not mirror; `remove` also then."""
+        remove_mirrors(self._monitor)
         self._monitor.attend(self._server, self._attend)
         try:
             # Within blockdev-add QEMU waits for our greeting.
@@ -178,8 +178,8 @@ class DiskMirror:
             for number in self._mirrored:
                 self._monitor.command("blockdev-mirror", **self._job(number, number in shallow))
         except QemuError as error:
-            raise Unsupported(f"disk {self.disks[number].device} cannot be mirrored: {error.description}. "
-                              "If it has a block job of somebody else, end that first") from error
+            raise InTheWay(f"disk {self.disks[number].device} cannot be mirrored: {error.description}. "
+                           "If it has a block job of somebody else, end that first") from error
         self._server.close_door()
 
     def progress(self) -> tuple[int, int, bool]:
@@ -199,7 +199,7 @@ class DiskMirror:
         self._server.close()
 
     def remove(self) -> None:
-        _remove_mirrors(self._monitor, _MIRROR)
+        remove_mirrors(self._monitor, _MIRROR)
 
     def _attend(self) -> None:
         try:
@@ -251,8 +251,9 @@ def read_only_contents(disks: Sequence[Disk]) -> Iterator[DiskWrite]:
                 offset += len(contents)
 
 
-def _remove_mirrors(monitor: qmp.Monitor, prefix: str) -> None:
-    """Ends the jobs of that name, takes their targets away; raises QemuError for what is still there after all."""
+def remove_mirrors(monitor: qmp.Monitor, prefix: str = _MIRRORS) -> None:
+    """Ends the jobs of that name, by default every engine's, dead or alive, and takes their targets away; raises
+    QemuError for what is still there after all."""
     deadline = time.monotonic() + _REMOVE_S
     for job in _jobs(monitor, prefix):
         with contextlib.suppress(QemuError):  # It ended just now.

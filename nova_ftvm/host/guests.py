@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from nova_ftvm.exception import GuestGone, QemuError, Unsupported
 from nova_ftvm.host import qmp
+from nova_ftvm.host.disks import remove_mirrors
 from nova_ftvm.host.libvirt import Host
 from nova_ftvm.host.netbuf import OutputBuffers, interfaces
 
@@ -79,11 +80,13 @@ class Guests:
         finally:
             monitor.close()
 
-    def unbuffer(self, instance_id: str) -> None:
-        """Releases what a dead engine held. Only with the arbiter's grant, or disarmed."""
+    def let_go(self, instance_id: str) -> None:
+        """Releases what a dead engine held, and lets go of the disks: the mirror of one that nobody writes to would
+        never notice. Only with the arbiter's grant, or disarmed."""
         monitor = qmp.Monitor(os.path.join(self.folder(instance_id), MONITOR))
         try:
             OutputBuffers(monitor, interfaces(monitor)).remove()
+            remove_mirrors(monitor)
         finally:
             monitor.close()
 

@@ -7,7 +7,7 @@ import oslo_messaging
 from nova_ftvm.rpc import common
 from nova_ftvm.types import Generation, InstanceId, PairId
 
-#: For questions: whether a server can ever be protected hangs on the first, and no harm is in asking twice.
+#: Of what may well be asked twice; whether a server can ever be protected hangs on prepare_domain.
 _TRIES = 3
 
 
@@ -36,6 +36,11 @@ class AgentApi(Protocol):
 
     def fence(self, pair_id: str, generation: int, instance_id: str) -> dict[str, Any]:
         """The generation is over: destroys the primary's domain at once, its output unreleased. Idempotent."""
+
+    def hand_over(self, instance_id: str) -> dict[str, Any]:
+        """The driver, moving a protected server to its backup's host: the primary's engine holds the guest's output
+        from now on, and its backup asks the arbiter for the pair at once. Answer: {"handed_over": bool, is there such
+        an engine}. What became of it is the arbiter's to say (ManagerApi.adoption)."""
 
     def discard_standby(self, instance_id: str) -> dict[str, Any]:
         """The driver, destroying a backup server: destroys the standby domain if, and only if, it was never
@@ -73,6 +78,9 @@ class AgentClient:
               timeout_s: float | None = None) -> None:
         self._client.call("fence", server=host, timeout_s=timeout_s, pair_id=pair_id, generation=generation,
                           instance_id=instance_id)
+
+    def hand_over(self, host: str, instance_id: InstanceId) -> bool:
+        return self._client.call("hand_over", server=host, tries=_TRIES, instance_id=instance_id)["handed_over"]
 
     def discard_standby(self, host: str, instance_id: InstanceId) -> bool:
         return self._client.call("discard_standby", server=host, instance_id=instance_id)["discarded"]

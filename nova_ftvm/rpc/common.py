@@ -4,6 +4,7 @@ import sys
 from typing import Any
 
 import oslo_messaging
+from kombu import exceptions as broker
 from oslo_config import cfg
 from oslo_log import log
 
@@ -53,8 +54,17 @@ class Client:
         prepared = self._client.prepare(server=server, timeout=timeout)
         for _ in range(tries - 1):
             try:
-                return prepared.call({}, method, **arguments)
+                return _call(prepared, method, arguments)
             except oslo_messaging.MessagingTimeout:
                 LOG.info("%s of %s has no answer to %s within %.1f s and is asked again", self._topic,
                          server or "any host", method, timeout)
+        return _call(prepared, method, arguments)
+
+
+def _call(prepared: Any, method: str, arguments: dict[str, Any]) -> Any:
+    try:
         return prepared.call({}, method, **arguments)
+    except broker.OperationalError as error:
+        # oslo.messaging does not translate what it gets where it makes a new connection, and a host that is cut off
+        # makes one. Nobody who calls may die of that.
+        raise oslo_messaging.MessageDeliveryFailure(f"the broker cannot be reached: {error}") from error

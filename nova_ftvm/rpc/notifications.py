@@ -1,4 +1,7 @@
-"""Nova's notifications, for one purpose: to learn early which server to look at. Lossy; nothing relies on them."""
+"""Nova's notifications, to learn early which server to look at; and our own, for whoever listens.
+
+Both are lossy, and nothing relies on them.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -33,3 +36,10 @@ def listener(conf: cfg.ConfigOpts, exchange: str, topic: str, wake: Callable[[st
     return oslo_messaging.get_notification_listener(
         oslo_messaging.get_notification_transport(conf), [oslo_messaging.Target(exchange=exchange, topic=topic)],
         [Wake(wake)])
+
+
+def sender(conf: cfg.ConfigOpts, publisher_id: str) -> Callable[[str, str, dict[str, Any]], None]:
+    """Sends one notification of our own: priority, event type, payload. As [oslo_messaging_notifications] says: without
+    a driver there, nothing is sent. Waits for a broker that is away, for ever."""
+    notifier = oslo_messaging.Notifier(oslo_messaging.get_notification_transport(conf), publisher_id)
+    return lambda priority, event_type, payload: getattr(notifier, priority)({}, event_type, payload)

@@ -41,6 +41,12 @@ class FaithfulDomain(nova_fake.Domain):
         if flags & _START_PAUSED:
             self._state = nova_fake.VIR_DOMAIN_PAUSED
 
+    #: libvirt's reason of the state; 0: none that it knows.
+    reason = 0
+
+    def state(self):
+        return [self._state, self.reason]
+
     def resume(self):
         self._state = nova_fake.VIR_DOMAIN_RUNNING
 

@@ -1,19 +1,30 @@
 """The manager and the agents as fakes of their RPC contract, on oslo.messaging's in-process transport.
 
-They answer what the tests tell them to; the driver calls them through the real clients.
+They answer what the tests tell them to; the driver calls them through the real clients. The rows of the pairs, and the
+arbiter that moves them, are the real ones.
 """
 
 import fixtures
 import oslo_messaging
 
 from nova_ftvm.core import domain
+from nova_ftvm.db import connect
+from nova_ftvm.db.store import Store
+from nova_ftvm.exception import LostRace
+from nova_ftvm.failover.arbiter import Arbiter
+from nova_ftvm.failover.settings import Settings, SystemClock
 from nova_ftvm.rpc import common
 
 
 class FakeManager:
-    """Endpoint of ManagerApi. Plans and adoptions are set by the test."""
+    """Endpoint of ManagerApi. Plans and adoptions are set by the test, and pairs put into the store. A server without
+    a row can always be disarmed, unless the test says otherwise."""
 
-    def __init__(self):
+    def __init__(self, folder):
+        engine = connect.engine_for(f"sqlite:///{folder}/pairs.sqlite")
+        connect.sync(engine)
+        self.store = Store(engine)
+        self._arbiter = Arbiter(self.store, SystemClock(), Settings())
         self.plans = {}
         self.promoted_on = {}
         self.ready = []
@@ -24,13 +35,17 @@ class FakeManager:
     def standby_plan(self, context, backup_id, host):
         return self.plans.get(backup_id)
 
-    def standby_ready(self, context, pair_id, generation, host, failure):
+    def standby_ready(self, context, pair_id, generation, host, failure, lasting=False):
         self.ready.append((pair_id, generation, host, failure))
         return {"granted": self.grants, "generation": generation, "reason": "" if self.grants else "too late"}
 
     def disarm(self, context, instance_id, reason):
         self.disarmed.append((instance_id, reason))
-        return {"disarmed": self.disarms}
+        pair = self.store.pair_of(instance_id)
+        try:
+            return {"disarmed": self.disarms and (pair is None or bool(self._arbiter.disarm(pair, reason)))}
+        except LostRace as error:
+            return {"disarmed": False, "reason": str(error)}
 
     def adoption(self, context, instance_id, host):
         return {"adopt": self.promoted_on.get(instance_id) == host, "pair_id": None, "generation": 1}
@@ -65,10 +80,10 @@ class FtvmServices(fixtures.Fixture):
         super().__init__()
         self._transport = oslo_messaging.get_rpc_transport(conf)
         self._servers = {}
-        self.manager = FakeManager()
         self.agents = {}
 
     def _setUp(self):
+        self.manager = FakeManager(self.useFixture(fixtures.TempDir()).path)
         self.addCleanup(self.stop_all)
 
     def start_manager(self):

@@ -354,6 +354,15 @@ class PlannedEndTest(base.CloudTestCase):
         self.computes[host].manager._sync_power_states(nova_context.get_admin_context())
         self._wait_for_server_parameter(server, {"status": "ACTIVE", "OS-EXT-STS:power_state": 1})
 
+    def test_the_pause_of_a_guest_whose_disk_is_full_is_seen(self):
+        server = self.protected()
+        host = self.host_of(server)
+        guest = self.domain_on(host, server["id"])
+        guest.suspend()
+        guest.reason = 5
+        self.computes[host].manager._sync_power_states(nova_context.get_admin_context())
+        self._wait_for_server_parameter(server, {"status": "ACTIVE", "OS-EXT-STS:power_state": 3})
+
     def test_a_snapshot_disarms_first_and_leaves_the_guest_running(self):
         server = self.protected()
         guest = self.domain_on(self.host_of(server), server["id"])
@@ -399,7 +408,7 @@ class PlannedEndTest(base.CloudTestCase):
         port = self.neutron.port_1
         refused = self.assertRaises(base.ApiError, self.api.attach_interface, server["id"],
                                     {"interfaceAttachment": {"port_id": port["id"]}})
-        self.assertIn("Failed to attach network adapter", str(refused))
+        self.assertIn("the server cannot be given an interface before its protection has ended", str(refused))
         self.assertEqual(1, self.domain_on(self.host_of(server), server["id"]).XMLDesc(0).count("<interface"))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from nova_ftvm.engine.faults import Fault
+from nova_ftvm.host.disks import remove_mirrors
 from tests.host.conftest import Launch, keeps_ledgers
 from tests.host.images import Shape, primarys, standbys
 from tests.host.machine import BOOT_S, Bench, Network, Qemu, wait_for
@@ -89,6 +90,17 @@ def test_the_next_engine_takes_a_dead_ones_leftovers_away(primary: Qemu, new_sta
     with protected(primary, new_standby()):
         primary.await_sound_disks("vda")
         assert len(primary.mirrors()) == 2 * len(SHAPES)
+
+
+def test_an_agent_takes_a_dead_engines_mirrors_away_also_of_disks_that_nobody_writes_to(primary: Qemu,
+                                                                                    new_standby: Standby) -> None:
+    with protected(primary, new_standby()) as pair:
+        pair.primary.kill()
+        assert primary.mirrors()
+        with primary.monitor() as monitor:
+            remove_mirrors(monitor)
+        assert primary.mirrors() == []
+        writes_on(primary)
 
 
 def test_the_guest_writes_on_when_the_standbys_qemu_dies(primary: Qemu, new_standby: Standby) -> None:

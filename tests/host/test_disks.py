@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from nova_ftvm.core.disk import DiskOp, DiskWrite
-from nova_ftvm.exception import MirrorLost, ReplicaFailed, Unsupported
+from nova_ftvm.exception import InTheWay, MirrorLost, ReplicaFailed, Unsupported
 from nova_ftvm.host import disks as host_disks
 from nova_ftvm.host import qmp
 from nova_ftvm.host.disks import (
@@ -403,7 +403,7 @@ def test_a_disk_with_a_job_of_somebody_else_is_refused_and_left_alone(boot: Boot
         operator.command("blockdev-add", driver="null-co", node_name="elsewhere", size=SIZE)
         operator.command("blockdev-mirror", job_id="theirs", device=primary.disks[1].node, target="elsewhere",
                          sync="none")
-        with pytest.raises(Unsupported, match=r"disk1/virtio-backend cannot be mirrored: .* end that first"):
+        with pytest.raises(InTheWay, match=r"disk1/virtio-backend cannot be mirrored: .* end that first"):
             primary.mirror.start(())
         primary.mirror.close()
         primary.mirror.remove()

@@ -81,3 +81,41 @@ def test_silence_alone_asks_and_without_an_answer_nothing_is_promoted(launch: La
         assert time.monotonic() - asked_at < 2.0
         primary.kill()
         goes_on(standby, session, unanswered)
+
+
+def test_a_handed_over_guest_goes_on_in_its_backup_and_its_old_self_is_never_heard(launch: Launch,
+                                                                                   network: Network) -> None:
+    primary, standby = launch("p", work=CHURN), launch("b", work=CHURN, standby=True)
+    primary.await_boot()
+    session = Session(network)
+    with protected(primary, standby) as pair:
+        session.exchange(20)
+        pair.primary.order("hand_over")
+        assert pair.backup.hear("ask_promotion")["evidence"] == "the server is moved here"
+        unanswered = session.send()
+        # Both guests exist, the old one runs: until the arbiter has spoken nobody may answer.
+        assert not session.hears_within(0.5)
+        pair.backup.grant()
+        pair.backup.hear("promoted")
+        session.receive(unanswered)
+        pair.primary.order("grant", granted=False, generation=2, reason="the backup speaks")
+        pair.primary.hear("fenced")
+        primary.kill()
+        session.exchange(20)
+        goes_on(standby, session, session.send())
+
+
+def test_a_backup_that_may_not_take_the_guest_leaves_it_where_it_was(launch: Launch, network: Network) -> None:
+    primary, standby = launch("p", work=CHURN), launch("b", work=CHURN, standby=True)
+    primary.await_boot()
+    session = Session(network)
+    with protected(primary, standby) as pair:
+        session.exchange(20)
+        unanswered = session.send()
+        pair.primary.order("hand_over")
+        pair.backup.hear("ask_promotion")
+        pair.primary.hear("ask_degrade")
+        pair.primary.grant()
+        session.receive(unanswered)
+        session.exchange(20)
+        primary.await_sound("churn")

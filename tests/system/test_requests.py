@@ -103,13 +103,15 @@ def test_glance_describes_both_ways_to_ask(stage: Stage) -> None:
 
 
 def test_a_server_waits_with_a_reason_while_only_one_host_can_protect(stage: Stage) -> None:
-    spare = Machine(stage.layout, COMPUTES[-1])
-    spare.stop(computes.AGENT)
-    # Where there is no agent a guest starts unarmed: Nova must put this one on the other host.
-    _let_nova_use(stage, spare, False)
+    only, *others = COMPUTES
+    spares = [Machine(stage.layout, node) for node in others]
+    for spare in spares:
+        spare.stop(computes.AGENT)
+        # Where there is no agent a guest starts unarmed: Nova must put this one on the host that has one.
+        _let_nova_use(stage, spare, False)
     try:
         server_id = stage.create("lonely", "ft=true")
-        assert stage.servers.host(server_id) != spare.node.name
+        assert stage.servers.host(server_id) == only.name
         wait_until(
             "the reason, with what to do",
             lambda: "start nova-ftvm-agent on another compute host" in stage.servers.protection(server_id)[1],
@@ -118,10 +120,11 @@ def test_a_server_waits_with_a_reason_while_only_one_host_can_protect(stage: Sta
         assert stage.servers.protection(server_id)[0] != "protected"
         assert stage.servers.get(server_id).status == "ACTIVE"
     finally:
-        computes.start(spare, computes.AGENT)
-        _let_nova_use(stage, spare, True)
+        for spare in spares:
+            computes.start(spare, computes.AGENT)
+            _let_nova_use(stage, spare, True)
     wait_until(
-        "protection, as soon as there are two hosts",
+        "protection, as soon as there is another host",
         lambda: stage.servers.protection(server_id)[0] == "protected",
         failover.PROTECT_TIMEOUT_S,
     )

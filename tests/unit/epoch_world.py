@@ -11,7 +11,7 @@ PACE = Pace(epoch_s=0.02, ack_limit_s=0.5, beat_s=0.1, live_passes=3, live_rest_
 #: 'next' is what a healthy world does next; it comes most of the time, so that sequences get far.
 EVENTS = ("next",) * 12 + ("tick", "long tick", "heard", "few pages", "many pages", "paused", "unpaused", "log full",
                            "stopped", "state begins", "resumed", "failed", "ack", "old ack", "ack to come", "peer lost",
-                           "granted", "refused", "fence", "stop", "shutdown", "gone")
+                           "granted", "refused", "fence", "stop", "hand over", "shutdown", "gone")
 #: Ends that nothing can put off.
 _AT_ONCE = ("fence", "shutdown", "gone", "refused")
 
@@ -91,6 +91,8 @@ class Checker:
             case "stop":
                 self.stop_asked = True
                 return loop.on_stop("planned")
+            case "hand over":
+                return loop.on_hand_over(self.now)
             case "shutdown":
                 return loop.on_guest_shutdown()
             case "gone":

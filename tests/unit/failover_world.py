@@ -86,6 +86,10 @@ class FakeCloud:
         self.port_list = [Port(PORT, "normal")]
         self.fail_evacuations = 0
         self.done_evacuations: set[str] = set()
+        #: Hosts whose nova-compute does nothing, and that Nova does not know to be dead.
+        self.dead: set[str] = set()
+        #: Live migrations under way: server -> where to.
+        self.moves: dict[str, list[str]] = {}
         self._ids = itertools.count(1)
         self._due: list[tuple[float, Any]] = []
 
@@ -172,6 +176,8 @@ class FakeCloud:
         for _ in self._do("delete_server", server_id):
             if server_id in self.store:
                 self.alter(server_id, task_state="deleting")
+                if self.store[server_id].host in self.dead:
+                    continue
                 self._due.append((self.clock.now() + DELETION_S, lambda: self.store.pop(server_id, None)))
 
     def set_metadata(self, server_id: str, items: Mapping[str, str]) -> None:
@@ -199,6 +205,10 @@ class FakeCloud:
             self.alter(server_id, task_state="rebuilding")
             self._due.append((self.clock.now() + EVACUATION_S, lambda: self._evacuated(server_id, host)))
 
+    def moving_to(self, server_id: str) -> list[str]:
+        self._look("moving_to")
+        return self.moves.get(server_id, [])
+
     def _evacuated(self, server_id: str, host: str) -> None:
         if server_id not in self.store or self.store[server_id].task_state != "rebuilding":
             return
@@ -218,6 +228,10 @@ class FakeCloud:
     def delete_allocation(self, consumer_id: str) -> None:
         for _ in self._do("delete_allocation", consumer_id):
             self.allocations.discard(consumer_id)
+
+    def release_allocation(self, server_id: str, host: str) -> None:
+        for _ in self._do("release_allocation", server_id, host):
+            assert server_id not in self.store or self.store[server_id].host != host
 
     def ports(self, instance_id: str) -> list[Port]:
         self._look("ports")
@@ -253,6 +267,8 @@ class FakeAgents:
         self.disks = {"vda": 1 << 30}
         self.calls: list[tuple[Any, ...]] = []
         self.broken: set[str] = set()
+        #: Calls that an agent refuses for a lasting reason.
+        self.refused: set[str] = set()
 
     def _call(self, name: str, host: str, *arguments: Any) -> None:
         steps = self.fuse.effect()
@@ -262,6 +278,8 @@ class FakeAgents:
             raise oslo_messaging.MessagingTimeout(f"{host} does not answer {name}")
         if name in self.broken:
             raise oslo_messaging.RemoteError("FtvmError", f"{name} broke")
+        if name in self.refused:
+            raise oslo_messaging.RemoteError("Unsupported", f"{name} needs a newer QEMU")
         next(steps)
 
     def named(self, name: str) -> list[tuple[Any, ...]]:
@@ -288,6 +306,10 @@ class FakeAgents:
     def fence(self, host: str, pair_id: str, generation: int, instance_id: str,
               timeout_s: float | None = None) -> None:
         self._call("fence", host, generation)
+
+    def discard_standby(self, host: str, instance_id: str) -> bool:
+        self._call("discard_standby", host)
+        return True
 
 
 class MortalStore(Store):
@@ -321,7 +343,7 @@ class World:
     """Two compute hosts (hx, hy) with agents, one server, one manager at a time."""
 
     def __init__(self, url: str, hosts: Sequence[str] = ("hx", "hy"), **settings: Any) -> None:
-        self.engine = connect.engine_for(url)
+        self.engine = connect.engine_for(url, sqlite_synchronous=False)
         connect.sync(self.engine)
         self.clock = FakeClock()
         self.fuse = Fuse()
@@ -331,6 +353,8 @@ class World:
         self.hosts = list(hosts)
         #: What every engine says of itself.
         self.engine_state = "x"
+        #: The moves that were announced: (from, to).
+        self.moves: list[tuple[Any, Any]] = []
         self.manager = self.new_manager("m1")
         self.report_all()
 
@@ -340,8 +364,9 @@ class World:
         self.store = MortalStore(self.engine, self.clock.now)
         self.store.fuse = self.fuse
         self.queue: Queue[PairId] = Queue(self.clock.now)
-        self.manager = Manager(self.store, self.cloud, self.agents, self.clock,
-                               Settings(name=name, **self.settings), self.queue)
+        self.manager = Manager(
+            self.store, self.cloud, self.agents, self.clock, Settings(name=name, **self.settings), self.queue,
+            announce=lambda before, after: self.moves.append((before and before.state.value, after.state.value)))
         return self.manager
 
     def report_all(self, **changes: Any) -> None:
@@ -419,8 +444,17 @@ class World:
     def protect(self) -> None:
         """From a fresh server to PROTECTED on hx, with its backup on hy."""
         self.start_copy()
+        self.finish_copy()
+
+    def finish_copy(self) -> None:
         pair = self.pair
         self.manager.report_protection(pair.id, pair.generation, pair.primary_host, "protected", "")
+        self.work()
+
+    def lose_backup(self) -> None:
+        """The primary notices it, and goes on alone."""
+        pair = self.pair
+        self.manager.request_degrade(pair.id, pair.generation, pair.primary_host, "no acknowledgement for 500 ms")
         self.work()
 
     def promote(self, work: bool = True) -> dict[str, Any]:

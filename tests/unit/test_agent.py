@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from nova_ftvm.engine.agent import Agent
-from nova_ftvm.exception import FtvmError, GuestGone
+from nova_ftvm.exception import FtvmError, GuestGone, Unsupported
 from nova_ftvm.rpc import common
 from nova_ftvm.types import Generation, Grant
 
@@ -84,7 +84,7 @@ class FakeGuests:
     def is_standby(self, instance_id: str) -> bool:
         return instance_id in self.standbys
 
-    def unbuffer(self, instance_id: str) -> None:
+    def let_go(self, instance_id: str) -> None:
         self.unbuffered.append(instance_id)
 
 
@@ -402,6 +402,19 @@ def test_a_fence_destroys_at_once_with_or_without_an_engine(host: Host) -> None:
     assert host.guests.unbuffered == [] and host.manager.calls == []
 
 
+def test_a_protected_guest_is_handed_over(host: Host) -> None:
+    engine = host.primary()
+    engine.say("protected")
+    assert host.call("hand_over", instance_id=SERVER) == {"handed_over": True}
+    assert engine.told[-1] == "hand_over"
+
+
+def test_a_guest_is_not_handed_over_before_it_is_protected_or_by_its_backup(host: Host) -> None:
+    engine, standby = host.primary(), host.backup()
+    assert host.call("hand_over", instance_id=SERVER) == {"handed_over": False}
+    assert engine.orders == [] and standby.orders == []
+
+
 @pytest.mark.parametrize("generation", [4, 5])
 def test_a_fence_that_comes_late_destroys_nothing(host: Host, generation: int) -> None:
     engine = host.primary(5)
@@ -414,6 +427,35 @@ def test_a_backup_that_fails_to_start_says_why_and_at_once(host: Host) -> None:
     with pytest.raises(FtvmError, match="tells no addresses"):
         host.backup()
     assert host.listed() == []
+
+
+def test_a_backup_that_will_never_start_here_is_told_apart(host: Host) -> None:
+    host.says_at_once = [{"event": "failed", "reason": "QEMU is too old", "lasting": True}, {"event": "gone"}]
+    with pytest.raises(Unsupported, match="too old"):
+        host.backup()
+
+
+@pytest.mark.parametrize(("lasting", "state"), [(True, "refused"), (False, "failed")])
+def test_a_primary_that_will_never_be_protected_here_is_told_apart(host: Host, lasting: bool, state: str) -> None:
+    engine = host.primary()
+    engine.say("failed", reason="its disk is on another host", lasting=lasting)
+    engine.say("gone")
+    assert host.manager.calls[-1] == (
+        "report_protection", (PAIR, 3, "alpha", state, "its disk is on another host"))
+
+
+def test_a_promotion_that_nobody_wants_any_more_ends_the_guest(host: Host) -> None:
+    engine = host.backup()
+    host.manager.answer = Grant(False, Generation(7), "the server was given up")
+    engine.say("promoted", timeline={})
+    assert engine.told == ["seen"] and host.guests.destroyed == [engine.instance_id]
+
+
+def test_a_promotion_that_the_arbiter_knows_nothing_of_stays(host: Host) -> None:
+    engine = host.backup()
+    host.manager.answer = Grant(False, Generation(0), "there is no such pair")
+    engine.say("promoted", timeline={})
+    assert host.guests.destroyed == []
 
 
 # Signs of life

@@ -132,11 +132,11 @@ def test_a_promotion_asked_for_in_doubt_is_refused(court, generation, host):
     assert court.pair == before
 
 
-@pytest.mark.parametrize("generation, host", [(4, "hx"), (6, "hx"), (5, "hy"), (5, "hz")])
-def test_a_degrade_asked_for_in_doubt_is_refused(court, generation, host):
+@pytest.mark.parametrize("generation, host, told", [(4, "hx", 4), (6, "hx", 5), (5, "hy", 5), (5, "hz", 5)])
+def test_a_degrade_asked_for_in_doubt_is_refused(court, generation, host, told):
     before = court.pair
     grant = court.degrade(generation, host)
-    assert not grant.granted and grant.generation == 5
+    assert not grant.granted and grant.generation == told
     assert court.pair == before
 
 
@@ -258,3 +258,64 @@ def test_every_applied_event_is_one_of_the_table(court):
     assert moved.state is PairState.PROMOTING
     with pytest.raises(LostRace):
         court.arbiter.apply(pair_in(), PairEvent.DISARM, "late")
+
+
+@pytest.mark.parametrize("request_", ["promote", "degrade"])
+def test_a_question_that_took_too_long_moves_nothing_and_may_be_asked_again(court, request_):
+    """The database hung; whoever asked may have ended since, and a grant to it would silence the side that lives."""
+    read = court.store.pair
+    clock = court.arbiter._clock
+
+    def hangs(pair_id):
+        clock.time += 4
+        return read(pair_id)
+
+    court.store.pair = hangs
+    before = read(PAIR)
+    grant = getattr(court, request_)()
+    assert not grant.granted and grant.generation == before.generation, "so the side asks again"
+    assert read(PAIR) == before
+    court.store.pair = read
+    assert getattr(court, request_)().granted
+
+
+def test_a_late_report_of_a_promotion_is_known_when_the_pair_has_moved_on(tmp_path):
+    """The answer was lost; Nova has followed, and the next backup is being made."""
+    court = court_in(tmp_path, "l", PairState.SYNCING, generation=Generation(7), active_host="hy", primary_host="hy",
+                     backup_host="hz", active_since=Generation(6))
+    before = court.pair
+    for generation in (5, 6):
+        assert court.arbiter.promoted(PAIR, generation, "hy", {}).granted
+    assert court.pair == before
+
+
+@pytest.mark.parametrize("changes", [
+    {"active_host": "hx", "primary_host": "hx", "active_since": Generation(9)},  # started elsewhere since
+    {"active_host": "hy", "primary_host": "hx", "active_since": Generation(6)},  # given up, nothing started yet
+    {"active_host": "hz", "primary_host": "hz", "active_since": Generation(8)},
+])
+def test_a_late_report_of_a_promotion_that_was_given_up_is_refused(tmp_path, changes):
+    court = court_in(tmp_path, "l", PairState.DISABLED, generation=Generation(9), **changes)
+    grant = court.arbiter.promoted(PAIR, 5, "hy", {})
+    assert not grant.granted and grant.generation == 9
+
+
+def test_a_failed_promotion_leaves_the_voice_where_the_grant_put_it(court):
+    court.promote()
+    moved = court.arbiter.start_anew(court.pair, "the stream was refused")
+    assert (moved.state, moved.generation, moved.active_host) == (PairState.DEGRADED, 6, "hy")
+    assert not court.degrade().granted
+    assert court.promote().granted, "an engine that was slow may still have its answer"
+
+
+@pytest.mark.parametrize("state", [PairState.SYNCING, PairState.PROTECTED])
+@pytest.mark.parametrize("question", ["degrade", "sync"])
+def test_an_old_engine_of_the_guest_that_has_the_voice_is_never_told_to_fence_it(tmp_path, state, question):
+    """A newer engine protects that guest. A newer generation in the answer would have the guest destroyed."""
+    court = court_in(tmp_path, "v", state, generation=Generation(7), active_since=Generation(3))
+    before = court.pair
+    answer = court.degrade(5) if question == "degrade" else court.arbiter.synced(PAIR, 5, "hx")
+    assert not answer.granted and answer.generation == 5
+    assert court.pair == before
+    over = court.degrade(2) if question == "degrade" else court.arbiter.synced(PAIR, 2, "hx")
+    assert not over.granted and over.generation == 7, "what ran before it had the voice is over"

@@ -207,6 +207,13 @@ def test_the_primarys_word_that_qemu_ended_asks_at_once(bench: Bench) -> None:
     assert bench.control.reports == [{"event": "ask_promotion", "evidence": "the primary's agent saw QEMU end"}]
 
 
+def test_a_guest_that_is_handed_over_is_asked_for_at_once(bench: Bench) -> None:
+    peer = bench.protect()
+    peer.send(wire.Kind.HAND_OVER, 1)
+    bench.turn()
+    assert bench.control.reports == [{"event": "ask_promotion", "evidence": "the server is moved here"}]
+
+
 @pytest.mark.parametrize("how", ["bye", "stop"])
 def test_a_planned_end_gives_the_standby_up(bench: Bench, how: str) -> None:
     peer = bench.protect()

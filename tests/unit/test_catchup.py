@@ -10,7 +10,7 @@ from tests.unit.failover_world import PORT, VM, Killed, World
 
 @pytest.fixture
 def world(tmp_path):
-    world = World(f"sqlite:///{tmp_path}/c.sqlite")
+    world = World(f"sqlite:///{tmp_path}/c.sqlite", repair=False)
     world.protect()
     return world
 
@@ -205,7 +205,7 @@ def test_every_kill_point_is_survived_by_another_manager(tmp_path):
     kill_at, killed = 1, True
     seen = set()
     while killed:
-        world = World(f"sqlite:///{tmp_path}/{kill_at}.sqlite")
+        world = World(f"sqlite:///{tmp_path}/{kill_at}.sqlite", repair=False)
         world.protect()
         backup_id = world.pair.backup_id
         pair = world.pair
@@ -228,6 +228,38 @@ def test_every_kill_point_is_survived_by_another_manager(tmp_path):
         kill_at += 1
     assert kill_at > 25
     assert seen == {*CATCH_UP, ""}
+
+
+def test_every_kill_point_of_a_start_anew_is_survived_by_another_manager(tmp_path):
+    kill_at, killed = 1, True
+    while killed:
+        world = World(f"sqlite:///{tmp_path}/{kill_at}.sqlite", repair=False)
+        world.protect()
+        pair = world.pair
+        world.agents.silent.add("hx")
+        world.manager.request_promotion(pair.id, pair.generation, "hy", "silence")
+        world.fuse.kill_at = world.fuse.count + kill_at
+        try:
+            world.manager.report_promoted(pair.id, pair.generation, "hy", {}, "the stream was refused")
+            world.work()
+            killed = False
+        except Killed:
+            world.new_manager("m2")
+            world.manager.report_promoted(pair.id, pair.generation, "hy", {}, "the stream was refused")
+            for _ in range(5):
+                world.pass_by(160)
+        assert world.cloud.store[VM].host == "hy" and world.cloud.store[VM].vm_state == "active", kill_at
+        assert (world.pair.state, world.pair.step, world.pair.primary_host) == (PairState.DEGRADED, "", "hy"), kill_at
+        assert len(world.cloud.named("evacuate")) == 1 and ("discard_standby", "hy") in world.agents.calls, kill_at
+        kill_at += 1
+    assert kill_at > 25
+
+
+def test_a_reservation_that_cannot_be_freed_holds_nothing_up(world):
+    backup_id = world.pair.backup_id
+    world.cloud.refuse["release_allocation"] = [CloudRefused("placement", 403, "not for you")]
+    world.promote()
+    assert_followed(world, backup_id)
 
 
 def test_a_manager_restarted_under_the_same_name_goes_on_at_once(world):
@@ -263,16 +295,44 @@ def test_a_server_deleted_meanwhile_takes_its_guest_with_it(world):
     assert world.pair is None and not world.cloud.backups()
 
 
-def test_a_promotion_that_fails_needs_a_hand(world):
+def test_a_promotion_that_fails_ends_in_a_boot_from_the_backups_disks(world):
+    """Nova asks the driver, which adopts a guest if there is one, and boots from the files that it finds if not."""
     pair = world.pair
+    world.agents.silent.add("hx")
     world.manager.request_promotion(pair.id, pair.generation, "hy", "silence")
     grant = world.manager.report_promoted(pair.id, pair.generation, "hy", {}, "the stream was refused")
-    world.work()
     assert grant["granted"]
-    assert world.pair.state is PairState.ERROR
-    assert world.shown[0] == "error" and "the stream was refused" in world.shown[1]
-    assert not world.manager.adoption(VM, "hy")["adopt"]
-    assert not world.cloud.backups()
+    assert world.manager.adoption(VM, "hy")["adopt"], "the disks are the server's newest: nobody may take them away"
+    world.work()
+    assert ("discard_standby", "hy") in world.agents.calls
+    assert world.cloud.store[VM].host == "hy" and not world.cloud.forced_down.get("hy")
+    assert (world.pair.state, world.pair.active_host, world.pair.generation) == (PairState.DEGRADED, "hy", 2)
+    assert "running_at" not in world.pair.timeline
+    assert world.shown == ("degraded", "failed over from hx to hy, started anew there from its disks; no backup yet")
+
+
+def test_a_failed_promotion_is_told_twice_and_ends_once(world):
+    pair = world.pair
+    world.manager.request_promotion(pair.id, pair.generation, "hy", "silence")
+    for _ in range(2):
+        assert world.manager.report_promoted(pair.id, pair.generation, "hy", {}, "it died")["granted"]
+        world.work()
+    assert len(world.cloud.named("evacuate")) == 1
+
+
+def test_a_server_that_was_not_resumed_waits_for_its_hosts_agent(world):
+    pair = world.pair
+    world.manager.request_promotion(pair.id, pair.generation, "hy", "silence")
+    world.manager.report_promoted(pair.id, pair.generation, "hy", {}, "it died")
+    world.agents.silent |= {"hx", "hy"}
+    world.work()
+    for _ in range(3):
+        world.pass_by(10)
+    assert not world.cloud.named("evacuate")
+    assert "does not start anew on hy: the agent of hy does not answer" in world.shown[1]
+    world.agents.silent.remove("hy")
+    world.pass_by(60)
+    assert world.cloud.store[VM].host == "hy" and world.pair.step == ""
 
 
 def test_a_failure_told_before_any_grant_changes_nothing(world):
@@ -281,12 +341,121 @@ def test_a_failure_told_before_any_grant_changes_nothing(world):
     assert world.pair == pair
 
 
-def test_a_backup_that_never_reports_needs_a_hand(world):
+def test_a_backup_that_reports_nothing_and_has_no_engine_left_is_booted_anew(world):
     pair = world.pair
     world.manager.request_promotion(pair.id, pair.generation, "hy", "silence")
     world.work()
+    world.pass_by(9)
+    assert world.pair.state is PairState.PROMOTING
+    world.pass_by(2)
+    assert world.pair.state is PairState.DEGRADED and world.cloud.store[VM].host == "hy"
+
+
+def test_a_backup_whose_engine_is_at_it_has_time_until_the_steps_limit(world):
+    pair = world.pair
+    world.engines_of = lambda host: [] if host == "hx" else [
+        {"pair_id": pair.id, "role": "backup", "generation": pair.generation, "state": "ask_promotion"}]
+    world.manager.request_promotion(pair.id, pair.generation, "hy", "silence")
+    world.work()
+    world.pass_by(119)
+    assert world.pair.state is PairState.PROMOTING
+    world.pass_by(2)
+    assert world.pair.state is PairState.DEGRADED and ("discard_standby", "hy") in world.agents.calls
+
+
+def lose_both(world):
+    """hy is granted the pair, and dies as hx did."""
+    pair = world.pair
+    world.hosts.append("hz")
+    world.manager.request_promotion(pair.id, pair.generation, "hy", "silence")
+    world.agents.silent |= {"hx", "hy"}
+    world.work()
+    world.pass_by(100)
     world.pass_by(121)
-    assert world.pair.state is PairState.ERROR and "did not say" in world.pair.reason
+
+
+def test_silence_is_no_evidence_that_the_granted_backup_does_not_run(world):
+    lose_both(world)
+    assert world.pair.state is PairState.PROMOTING and world.pair.active_host == "hy"
+    assert world.shown[0] == "promoting" and "hy is silent" in world.shown[1] and len(world.shown[1]) < 255
+    assert world.manager.disarm(VM, "evacuated")["disarmed"] is False
+    world.agents.silent.remove("hx")
+    world.pass_by(10)
+    assert world.pair.state is PairState.PROMOTING, "hx's guest is over, whoever else is dead"
+
+
+def test_a_granted_backup_that_comes_back_much_later_is_followed(world):
+    lose_both(world)
+    pair = world.pair
+    world.agents.silent.remove("hy")
+    world.manager.report_promoted(pair.id, 1, "hy", {"running_at": 1.0}, "")
+    world.work()
+    assert world.cloud.store[VM].host == "hy" and ("discard_standby", "hy") not in world.agents.calls
+
+
+def test_a_granted_host_that_comes_back_without_a_guest_boots_it(world):
+    lose_both(world)
+    world.agents.silent.remove("hy")
+    world.pass_by(5)
+    assert world.cloud.store[VM].host == "hy" and world.pair.state is PairState.DEGRADED
+
+
+def test_the_owner_may_give_up_a_granted_host_that_is_gone_for_good(world):
+    lose_both(world)
+    world.cloud.alter(VM, metadata={**world.cloud.store[VM].metadata, "ft": "false"})
+    for _ in range(4):
+        world.pass_by(5)
+    assert world.pair.state is PairState.DISABLED
+    assert world.manager.disarm(VM, "started")["disarmed"]
+    world.agents.silent.remove("hx")
+    world.cloud.alter(VM, metadata={**world.cloud.store[VM].metadata, "ft": "true"})
+    world.pass_by(60)
+    assert (world.pair.state, world.pair.active_host) == (PairState.PENDING, "hx")
+
+
+def test_a_guest_that_is_over_is_not_given_the_voice_while_its_engine_is_there(world):
+    """hx was frozen: its old guest is back before it is fenced, and Nova shows the server as ACTIVE there."""
+    lose_both(world)
+    pair = world.pair
+    world.cloud.alter(VM, metadata={**world.cloud.store[VM].metadata, "ft": "false"})
+    for _ in range(4):
+        world.pass_by(5)
+    world.agents.silent.remove("hx")
+    old = [{"pair_id": pair.id, "role": "primary", "generation": 1, "state": ""}]
+    world.engines_of = lambda host: old if host == "hx" else []
+    world.cloud.alter(VM, metadata={**world.cloud.store[VM].metadata, "ft": "true"})
+    world.pass_by(60)
+    assert world.pair.state is PairState.DISABLED and "is over" in world.shown[1]
+    assert world.report("hx", engines=old) == [pair.id], "and it is fenced"
+    assert not [call for call in world.agents.named("stop_engine") if call[1] == "hx"], "which lets its output go"
+    world.engines_of = lambda host: []
+    world.pass_by(5)
+    assert (world.pair.state, world.pair.active_host) == (PairState.PENDING, "hx")
+
+
+def test_a_server_deleted_while_its_backup_is_promoted_goes_with_its_guest(world):
+    pair = world.pair
+    world.manager.request_promotion(pair.id, pair.generation, "hy", "silence")
+    world.work()
+    del world.cloud.store[VM]
+    world.clock.time += 1
+    world.manager.reconciler.all()
+    assert world.pair.state is PairState.PROMOTING, "its guest would be left behind"
+    world.manager.report_promoted(pair.id, pair.generation, "hy", {}, "")
+    world.work()
+    assert ("fence", "hy", 2) in world.agents.calls
+    for _ in range(4):
+        world.clock.time += 1
+        world.manager.reconciler.all()
+        world.work()
+    assert world.pair is None
+
+
+def test_what_the_server_reserves_on_its_old_host_is_freed_when_it_has_left(world):
+    world.promote()
+    order = [call[0] for call in world.cloud.calls]
+    assert world.cloud.named("release_allocation") == [("release_allocation", VM, "hx")]
+    assert order.index("release_allocation") > order.index("evacuate")
 
 
 def test_only_the_promoted_host_may_adopt_and_only_until_nova_has_followed(world):
@@ -313,3 +482,42 @@ def test_ft_off_waits_for_the_catch_up(world):
     assert world.cloud.store[VM].host == "hy" and backup_id not in world.cloud.allocations
     world.pass_by(5)
     assert world.pair.state is PairState.DISABLED
+
+
+# A switchover: Nova's own live migration to the backup's host
+
+
+def live_migrate(world, to, ends=True):
+    """Nova has begun it; the backup takes the guest, and Nova's record follows after a while, if it does."""
+    world.cloud.alter(VM, task_state="migrating")
+    world.cloud.moves[VM] = [to]
+    if ends:
+        world.cloud._due.append((world.clock.now() + 1.0,
+                                 lambda: world.cloud.alter(VM, host=to, task_state=None)))
+
+
+def test_a_switchover_is_left_to_novas_live_migration(world):
+    backup_id = world.pair.backup_id
+    live_migrate(world, "hy")
+    assert world.promote()["granted"]
+    assert_followed(world, backup_id)
+    assert not world.cloud.named("evacuate") and not world.cloud.named("force_down")
+    assert not world.cloud.named("reset_state")
+
+
+def test_a_live_migration_elsewhere_does_not_keep_the_server_from_its_guest(world):
+    backup_id = world.pair.backup_id
+    live_migrate(world, "hz", ends=False)
+    assert world.promote()["granted"]
+    assert_followed(world, backup_id)
+    assert len(world.cloud.named("evacuate")) == 1
+
+
+def test_a_live_migration_that_never_ends_is_followed_by_an_evacuation(world):
+    backup_id = world.pair.backup_id
+    live_migrate(world, "hy", ends=False)
+    assert world.promote()["granted"]
+    world.clock.sleep(world.manager._settings.retry_s + 1)
+    world.work()
+    assert_followed(world, backup_id)
+    assert len(world.cloud.named("evacuate")) == 1

@@ -13,7 +13,7 @@ from alembic.runtime.migration import MigrationContext
 
 from nova_ftvm.cmd import manage
 from nova_ftvm.db import connect
-from nova_ftvm.db.records import Engine, Host
+from nova_ftvm.db.records import Engine, Host, Refusal
 from nova_ftvm.db.schema import Base
 from nova_ftvm.db.store import Store
 from nova_ftvm.exception import LostRace, PairNotFound
@@ -48,9 +48,17 @@ def test_an_older_releases_pairs_are_kept(tmp_path):
     with engine.begin() as connection:
         settings.attributes["connection"] = connection
         command.upgrade(settings, "0001")
-    store = Store(engine)
-    pair = store.add(pair_in(progress=40))
+    pair = pair_in(progress=40)
+    with engine.begin() as connection:
+        connection.execute(sqlalchemy.text(
+            "INSERT INTO pairs VALUES (:id, :instance_id, :project_id, NULL, :primary_host, :backup_host, :generation,"
+            " 'protected', '', :active_host, :active_since, '', :token, '{}', 40, 0, 0, 0, 0, 0, NULL, 0)"),
+            {name: getattr(pair, name) for name in ("id", "instance_id", "project_id", "primary_host", "backup_host",
+                                                    "generation", "active_host", "active_since", "token")})
+        connection.execute(sqlalchemy.text("INSERT INTO hosts VALUES ('hx', 1, '', 'a', 5.0, '[]', 0, 0.0)"))
     connect.sync(engine)
+    store = Store(engine)
+    assert store.hosts() == {"hx": Host("hx", True, "", "a", 5.0)} and store.host("hx") == store.hosts()["hx"]
     assert store.pair(pair.id) == pair
     assert store.change(pair, progress=40.25).progress == store.pair(pair.id).progress == 40.25
     assert {index["name"] for index in sqlalchemy.inspect(engine).get_indexes("pairs")} == {"ix_pairs_backup_id"}
@@ -61,10 +69,12 @@ def test_an_empty_database_has_no_version(tmp_path):
 
 
 def test_a_pair_comes_back_as_it_was_written(store):
-    added = store.add(pair_in(timeline={"granted_at": 1795380846.762921}, backup_id="b", progress=42.37))
+    added = store.add(pair_in(timeline={"granted_at": 1795380846.762921}, backup_id="b", progress=42.37,
+                              refused={"hy": Refusal(5.5, "its disks are shared")}))
     assert store.pair(added.id) == store.pair_of(added.instance_id) == store.pair_of_backup("b") == added
     assert store.pairs() == store.pairs([added.id]) == [added]
-    assert store.pairs([]) == []
+    assert store.pairs([]) == [] == store.pairs_in(PairState.SYNCING)
+    assert store.pairs_in(PairState.SYNCING, PairState.PROTECTED) == [added]
 
 
 def test_a_server_has_one_pair(store):

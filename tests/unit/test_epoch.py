@@ -9,6 +9,7 @@ from nova_ftvm.core.epoch import (
     ASK_AGAIN_S,
     COPY_SILENCE_S,
     DISK_ALLOWANCE_S,
+    HAND_OVER_LIMIT_S,
     HOLD_LIMIT_S,
     OVER,
     Act,
@@ -183,7 +184,7 @@ def test_output_stays_held_when_the_ack_is_lost() -> None:
     loop = in_phase(Phase.UNACKNOWLEDGED)
     limit_s = PACE.ack_limit_s + 10 * ACK_ALLOWANCE_S
     assert Act.ASK not in loop.tick(limit_s - 0.001)
-    assert loop.tick(limit_s + 0.001) == (Act.UNMIRROR, Act.ASK)
+    assert loop.tick(limit_s + 0.001) == (Act.ASK, Act.UNMIRROR)
     assert loop.phase is Phase.HOLDING and "no acknowledgement within 501 ms" in loop.reason
     assert loop.on_ack(Epoch(1)) == ()
     assert loop.tick(limit_s + ASK_AGAIN_S) == ()
@@ -265,8 +266,8 @@ def test_a_peer_that_is_lost_in_a_checkpoint_waits_for_its_end(phase: Phase) -> 
     rest: list[Act] = []
     for step in (loop.on_stopped, loop.on_state_begins, lambda: loop.on_resumed(0.2, 10, 0)):
         rest += step()
-    whole = [Act.LOOK, Act.CAPTURE, Act.OPEN_GATE, Act.UNMIRROR, Act.ASK]
-    assert rest == whole[len(whole) - len(rest):] and rest[-2:] == [Act.UNMIRROR, Act.ASK]
+    whole = [Act.LOOK, Act.CAPTURE, Act.OPEN_GATE, Act.ASK, Act.UNMIRROR]
+    assert rest == whole[len(whole) - len(rest):] and rest[-2:] == [Act.ASK, Act.UNMIRROR]
     assert loop.phase is Phase.HOLDING and loop.reason == "the connection broke"
 
 
@@ -289,7 +290,7 @@ def test_a_save_that_fails_after_a_planned_end_was_asked_ends() -> None:
 def test_a_save_that_fails_holds_and_asks() -> None:
     for phase in (Phase.STOPPING, Phase.STOPPED, Phase.DRAINING):
         loop = in_phase(phase)
-        assert loop.on_checkpoint_failed("QEMU's save failed", 0.1) == (Act.UNMIRROR, Act.ASK)
+        assert loop.on_checkpoint_failed("QEMU's save failed", 0.1) == (Act.ASK, Act.UNMIRROR)
         assert loop.phase is Phase.HOLDING and loop.reason == "QEMU's save failed"
 
 
@@ -354,3 +355,38 @@ def test_the_next_tick_is_not_after_something_is_due(phase: Phase) -> None:
 def test_a_guest_that_ends_itself_says_bye_and_releases_nothing() -> None:
     assert running().on_guest_shutdown() == (Act.SAY_BYE,)
     assert running().on_guest_gone() == (Act.SAY_GUEST_GONE,)
+
+
+# A planned failover
+
+
+@pytest.mark.parametrize("phase", [Phase.RUNNING, Phase.UNACKNOWLEDGED])
+def test_a_guest_that_is_handed_over_is_unheard_until_the_arbiter_has_spoken(phase: Phase) -> None:
+    loop = in_phase(phase)
+    assert loop.on_hand_over(1.0) == (Act.SAY_HAND_OVER, Act.UNMIRROR)
+    assert loop.phase is Phase.HOLDING
+    assert loop.on_ack(loop.epoch) == () and loop.on_hand_over(1.1) == ()
+    assert loop.on_grant(Grant(False, Generation(9), "the backup speaks")) == (Act.FENCE,)
+
+
+@pytest.mark.parametrize("phase", [Phase.STOPPING, Phase.STOPPED, Phase.DRAINING])
+def test_a_guest_is_handed_over_after_its_checkpoint_which_is_not_shipped(phase: Phase) -> None:
+    loop = in_phase(phase)
+    assert loop.on_hand_over(1.0) == ()
+    for step in (loop.on_stopped, loop.on_state_begins):
+        step()
+    assert loop.on_resumed(1.1, 1, 0) == (Act.SAY_HAND_OVER, Act.UNMIRROR)
+
+
+@pytest.mark.parametrize("phase", [Phase.COPYING, Phase.HOLDING])
+def test_what_is_not_protected_is_not_handed_over(phase: Phase) -> None:
+    loop = in_phase(phase)
+    assert loop.on_hand_over(1.0) == () and loop.phase is phase
+
+
+def test_a_backup_that_does_not_take_the_guest_costs_a_bounded_wait() -> None:
+    loop = running()
+    loop.on_hand_over(1.0)
+    assert loop.tick(1.0 + HAND_OVER_LIMIT_S - 0.01) == ()
+    assert loop.tick(1.0 + HAND_OVER_LIMIT_S) == (Act.ASK,)
+    assert loop.on_grant(Grant(True, Generation(2), "")) == (Act.UNBUFFER,)

@@ -18,6 +18,7 @@ class Database:
     def __init__(self):
         self.host = "alpha"
         self.backups = []
+        self.moves = []
         self.unknown = False
         self.asked = 0
 
@@ -38,6 +39,9 @@ def database(monkeypatch):
     monkeypatch.setattr(objects, "InstanceList", types.SimpleNamespace(
         get_by_filters=lambda context, asked, expected_attrs: made.backups
         if asked["metadata"] == {"ftvm:primary": PRIMARY} and asked["project_id"] == SERVICE else []))
+    monkeypatch.setattr(objects, "MigrationList", types.SimpleNamespace(
+        get_by_filters=lambda context, asked: made.moves
+        if asked == {"instance_uuid": PRIMARY, "migration_type": "live-migration", "status": "accepted"} else []))
     yield made
     CONF.clear_override("service_project_id", group="ftvm")
 
@@ -90,6 +94,16 @@ def test_a_moving_server_avoids_its_backup(database):
 def test_a_moving_server_may_join_its_promoted_backup(database):
     database.backups = [backup("beta", ftvm_role="promoted"), backup("gamma"), backup(None)]
     assert passing(spec(project=USER)) == ["alpha", "beta"]
+
+
+def test_a_live_migration_to_the_backups_host_by_name_is_a_switchover(database):
+    database.backups = [backup("beta"), backup("gamma")]
+    asked = spec(project=USER)
+    asked.requested_destination = objects.Destination(host="beta")
+    assert passing(asked) == ["alpha"]
+    database.moves = ["a live migration"]
+    assert passing(asked) == ["alpha", "beta"]
+    assert passing(spec(project=USER)) == ["alpha"]
 
 
 def test_a_server_that_is_just_made_goes_anywhere(database):

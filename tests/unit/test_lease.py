@@ -106,6 +106,18 @@ def test_the_primarys_word_that_qemu_ended_asks_at_once() -> None:
     assert watched.on_guest_gone(0.02) is None
 
 
+def test_a_guest_that_is_handed_over_is_asked_for_at_once() -> None:
+    watched = lease()
+    assert watched.on_handed_over(0.01) is Verdict.ASK
+    assert watched.evidence == "the server is moved here"
+    assert watched.on_grant(GRANTED, 0.02) is Verdict.PROMOTE
+
+
+def test_a_guest_that_is_handed_over_before_the_first_epoch_is_not_taken() -> None:
+    watched = lease(Watch.SYNCING)
+    assert watched.on_handed_over(0.01) is None and watched.watch is Watch.SYNCING
+
+
 def happen(watched: Lease, event: str, now: float) -> Verdict | None:
     match event:
         case "tick":

@@ -127,6 +127,11 @@ def test_an_evacuation_leaves_the_server_running(api, cloud):
     assert microversion(api.last_request) == "compute 2.94"
 
 
+def test_a_live_migration_names_where_it_goes(api, cloud):
+    api.get(f"{NOVA}/servers/vm/migrations", json={"migrations": [{"dest_compute": "hy", "status": "running"}]})
+    assert cloud.moving_to("vm") == ["hy"]
+
+
 def test_a_host_is_forced_down_by_its_services_id(api, cloud):
     api.get(f"{NOVA}/os-services", json={"services": [{"id": "s1", "host": "hx"}]})
     api.put(f"{NOVA}/os-services/s1", json={})
@@ -200,3 +205,50 @@ def test_keystone_that_is_away_is_tried_again_later(cloud):
     with requests_mock.Mocker() as api, pytest.raises(CloudUnavailable):
         api.register_uri(requests_mock.ANY, requests_mock.ANY, status_code=503)
         cloud.service_project()
+
+
+@pytest.fixture
+def reserved(api):
+    """A server that was evacuated from hx to hy: on hx in a tree of two providers, and in a shared pool."""
+    api.get(f"{NOVA}/os-hypervisors/detail", json={"hypervisors": [
+        {"id": "node-y", "service": {"host": "hy"}}, {"id": "node-x", "service": {"host": "hx"}}]})
+    api.get(f"{PLACEMENT}/resource_providers?in_tree=node-x", json={"resource_providers": [
+        {"uuid": "node-x"}, {"uuid": "node-x-numa"}]})
+    api.get(f"{PLACEMENT}/allocations/vm", json={
+        "project_id": "p", "user_id": "u", "consumer_generation": 4, "allocations": {
+            provider: {"generation": 7, "resources": {"VCPU": 1}}
+            for provider in ("node-x", "node-x-numa", "node-y", "pool")}})
+    api.put(f"{PLACEMENT}/allocations/vm", status_code=204)
+    return api
+
+
+def written(api):
+    return [request for request in api.request_history if request.method == "PUT"]
+
+
+def test_only_what_the_server_reserves_on_its_old_host_is_freed(reserved, cloud):
+    cloud.release_allocation("vm", "hx")
+    [request] = written(reserved)
+    assert request.json() == {
+        "project_id": "p", "user_id": "u", "consumer_generation": 4,
+        "allocations": {"node-y": {"resources": {"VCPU": 1}}, "pool": {"resources": {"VCPU": 1}}}}
+    assert microversion(request) == "placement 1.28"
+
+
+def test_a_host_that_nova_does_not_know_any_more_frees_nothing(reserved, cloud):
+    cloud.release_allocation("vm", "hz")
+    assert not written(reserved)
+
+
+@pytest.mark.parametrize("left", [{}, {"node-y": {"resources": {"VCPU": 1}}}, {"node-x": {"resources": {"VCPU": 1}}}])
+def test_a_reservation_that_is_gone_or_is_all_there_is_stays_as_it_is(reserved, cloud, left):
+    reserved.get(f"{PLACEMENT}/allocations/vm", json={
+        "project_id": "p", "user_id": "u", "consumer_generation": 4, "allocations": left})
+    cloud.release_allocation("vm", "hx")
+    assert not written(reserved)
+
+
+def test_a_reservation_that_somebody_changed_meanwhile_is_looked_at_again_later(reserved, cloud):
+    reserved.put(f"{PLACEMENT}/allocations/vm", status_code=409, json={"errors": [{"detail": "generation conflict"}]})
+    with pytest.raises(CloudUnavailable, match="generation conflict"):
+        cloud.release_allocation("vm", "hx")

@@ -330,22 +330,6 @@ def test_a_backups_host_that_always_refuses_is_asked_ever_more_seldom(world):
     assert not world.cloud.backups()
 
 
-def test_a_primary_lost_during_the_first_copy_needs_a_hand(world):
-    world.cloud.boot()
-    world.pass_by()
-    world.spawn_backup()
-    world.agents.silent.add("hx")
-    world.pass_by(11)
-    assert world.pair.state is PairState.ERROR
-    assert "evacuate the server" in world.shown[1]
-    world.cloud.alter(VM, host="hz")
-    world.hosts.append("hz")
-    world.pass_by(5)
-    assert world.pair.state is PairState.DISABLED
-    world.pass_by(5)
-    assert world.pair.state is PairState.PENDING and world.pair.primary_host == "hz"
-
-
 def test_switching_off_disarms_and_on_again_makes_a_new_pair(world):
     world.protect()
     world.cloud.alter(VM, metadata={**world.cloud.store[VM].metadata, "ft": "false"})
@@ -368,16 +352,6 @@ def test_a_degraded_server_shows_why_and_its_backup_goes(world):
     assert not world.cloud.backups() and set(world.cloud.bound[PORT]) == {"hx"}
     assert ("stop_engine", "hy", 2) in world.agents.calls
     assert ("stop_engine", "hx", 2) not in world.agents.calls
-
-
-def test_a_degraded_server_gets_a_new_backup_when_the_operator_lets_it(tmp_path):
-    world = World(f"sqlite:///{tmp_path}/m.sqlite", repair=True)
-    world.protect()
-    pair = world.pair
-    world.manager.request_degrade(pair.id, pair.generation, "hx", "lost")
-    world.work()
-    world.pass_by(5)
-    assert world.pair.state is PairState.PENDING and world.pair.generation == 3
 
 
 def test_ft_off_and_on_repairs_a_degraded_server(world):

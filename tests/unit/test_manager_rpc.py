@@ -16,7 +16,7 @@ from nova_ftvm.rpc import server as rpc_server
 from nova_ftvm.rpc.agent import AgentClient
 from nova_ftvm.rpc.manager import ManagerApi, ManagerClient
 from nova_ftvm.types import PairState
-from tests.unit.failover_world import VM, World
+from tests.unit.failover_world import PORT, VM, World
 
 
 @pytest.fixture
@@ -74,9 +74,20 @@ def test_a_plan_is_refused_to_a_backup_that_is_over(client, world):
         client.standby_plan(old, "hy")
 
 
+def test_a_switchover_makes_way_for_novas_own_bindings(client, world):
+    world.protect()
+    assert set(world.cloud.bound[PORT]) == {"hx", "hy"}
+    assert not client.switchover(VM, "hz")["ready"]
+    assert client.switchover(VM, "hy") == {"ready": True, "reason": ""}
+    assert set(world.cloud.bound[PORT]) == {"hx"}
+    world.manager.disarm(VM, "stopped")
+    assert "not protected" in client.switchover("nobody", "hy")["reason"]
+    assert not client.switchover(VM, "hy")["ready"]
+
+
 def test_the_endpoint_exposes_the_contract_and_nothing_else(world):
     names = rpc_server.methods_of(ManagerApi)
-    assert len(names) == 9
+    assert len(names) == 10
     endpoint = rpc_server.Endpoint(world.manager, names)
     assert not hasattr(endpoint, "follow") and hasattr(endpoint, "disarm")
 

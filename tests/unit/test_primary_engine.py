@@ -289,6 +289,15 @@ def test_an_order_that_is_unknown_changes_nothing(bench: Bench) -> None:
     assert (bench.loop.phase, bench.qemu.sent) == (phase, sent)
 
 
+def test_a_handed_over_guest_keeps_its_disks_and_its_output_is_held(bench: Bench) -> None:
+    bench.checkpoint()
+    bench.peer.read()
+    bench.control.give("hand_over")
+    bench.turn()
+    assert bench.loop.phase is Phase.HOLDING and bench.peer.kinds()[-1] == "HAND_OVER"
+    assert bench.buffers.installed and bench.mirror.closed
+
+
 @pytest.mark.parametrize("how", ["pidfd", "monitor"])
 def test_a_qemu_that_dies_is_told_to_the_backup(bench: Bench, how: str) -> None:
     bench.checkpoint()

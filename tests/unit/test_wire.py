@@ -48,8 +48,8 @@ def refused(data: bytes, match: str, error: type[ProtocolError] = ProtocolError,
         decoder.finish()
 
 
-def forged(magic: bytes = b"FTVM", version: int = 2, kind: int = 9, zero: int = 0, generation: int = GENERATION,
-           epoch: int = 0, length: int | None = None, payload: bytes = b"") -> bytes:
+def forged(magic: bytes = b"FTVM", version: int = wire.VERSION, kind: int = 9, zero: int = 0,
+           generation: int = GENERATION, epoch: int = 0, length: int | None = None, payload: bytes = b"") -> bytes:
     """A frame with a right checksum and anything else."""
     header = struct.pack(">4sBBHQQI", magic, version, kind, zero, generation, epoch,
                          len(payload) if length is None else length)
@@ -106,7 +106,7 @@ def test_garbage_is_refused(garbage: bytes) -> None:
     (forged(length=LIMIT), "the limit is"),
     (forged(length=2**32 - 1), "the limit is"),
     (forged(kind=0), "unknown kind 0"),
-    (forged(kind=14), "unknown kind 14"),
+    (forged(kind=15), "unknown kind 15"),
     (forged(zero=1), "unknown kind"),
     (BEAT[:-1] + bytes([BEAT[-1] ^ 1]), "damaged"),
 ])

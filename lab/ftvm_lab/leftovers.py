@@ -1,0 +1,50 @@
+"""What protected servers leave on hosts and in the cloud; nothing should be there once they are deleted."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from openstack.connection import Connection
+
+from ftvm_lab import network
+from ftvm_lab.layout import COMPUTES, Layout, Node
+from ftvm_lab.machine import Machine
+from ftvm_lab.processes import engine_log
+
+#: What Nova keeps beside the servers' own folders.
+_NOVAS = {"_base", "locks", "compute_nodes", "snapshots"}
+
+
+def on_hosts(layout: Layout) -> dict[str, list[str]]:
+    """Host that runs -> the domains, taps, folders and engines there, one word each kind: 'domain', 'tap'..."""
+    return {node.name: sorted(_on(layout, node)) for node in COMPUTES if Machine(layout, node).pid1() is not None}
+
+
+def _on(layout: Layout, node: Node) -> Iterator[str]:
+    machine = Machine(layout, node)
+    for _ in machine.call(["virsh", "list", "--all", "--name"]).split():
+        yield "domain"
+    for line in machine.call(["ip", "-brief", "link"]).splitlines():
+        if line.startswith("tap"):
+            yield "tap"
+    for folder in layout.instances(node).iterdir():
+        if folder.name not in _NOVAS:
+            yield "files"
+    for pid in network.pids(node.namespace):
+        if engine_log(pid):
+            yield "engine"
+
+
+#: What each side of a protected server has.
+OF_A_SIDE = ["domain", "engine", "files", "tap"]
+
+
+def in_cloud(connection: Connection) -> list[str]:
+    """Servers, ports and allocations, a line each."""
+    compute: Any = connection.compute
+    placement: Any = connection.placement
+    found = [f"server {server.name}" for server in compute.servers(all_projects=True)]
+    found += [f"port {port.id}" for port in connection.network.ports()]
+    for provider in placement.resource_providers():
+        answer = placement.get(f"/resource_providers/{provider.id}/allocations").json()
+        found += [f"allocation of {consumer} on {provider.name}" for consumer in answer["allocations"]]
+    return found
