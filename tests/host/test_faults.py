@@ -115,19 +115,6 @@ def test_a_promotion_that_dies_half_way_leaves_no_running_guest(point: Fault, le
         assert standby.operator.command("query-status")["status"] == left_in
 
 
-def test_a_refused_primary_is_fenced_with_its_output_unsaid(primary: Qemu, standby: Qemu, session: Session) -> None:
-    with protected(primary, standby) as pair:
-        session.exchange(5)
-        pair.backup.kill()
-        unanswered = session.send()
-        pair.primary.hear("ask_degrade")
-        pair.primary.order("grant", granted=False, generation=2, reason="the backup was promoted")
-        assert pair.primary.hear("fenced")["reason"] == "the backup was promoted"
-        assert stays_silent(session)
-        pair.end()
-        session.receive(unanswered)
-
-
 def test_a_planned_end_releases_everything_and_leaves_no_standby(primary: Qemu, standby: Qemu,
                                                                  session: Session) -> None:
     with protected(primary, standby) as pair:
@@ -151,3 +138,18 @@ def test_a_stranger_on_the_synchronisation_port_changes_nothing(primary: Qemu, s
     with protected(primary, standby) as pair, socket.create_connection(("127.0.0.1", pair.port)) as stranger:
         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" * 100)
         protection_goes_on(pair, session)
+
+
+# The last one: the guest ends with it.
+
+
+def test_a_refused_primary_ends_with_its_output_unsaid(primary: Qemu, standby: Qemu, session: Session) -> None:
+    with protected(primary, standby) as pair:
+        session.exchange(5)
+        pair.backup.kill()
+        session.send()
+        pair.primary.hear("ask_degrade")
+        pair.primary.order("grant", granted=False, generation=2, reason="the backup was promoted")
+        assert pair.primary.hear("fenced")["reason"] == "the backup was promoted"
+        wait_for("the guest's QEMU ends", lambda: primary.process.poll() is not None)
+        assert stays_silent(session)
