@@ -9,7 +9,7 @@ import json
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import IO, Any
@@ -148,19 +148,9 @@ def _longest(waits: Iterable[Wait]) -> Wait | None:
     return max(waits, key=lambda wait: wait.seconds, default=None)
 
 
-def completed(operation: Operation, at_s: float, seen: str | None) -> Operation:
-    return Operation(
-        operation.number,
-        operation.process,
-        operation.connection,
-        operation.kind,
-        operation.key,
-        operation.invoked_s,
-        operation.value,
-        operation.expected,
-        at_s,
-        seen,
-    )
+def completed(operation: Operation, at_s: float | None, seen: str | None) -> Operation:
+    """at_s None: nobody knows what came of it."""
+    return replace(operation, completed_s=at_s, seen=seen)
 
 
 class Recorder:

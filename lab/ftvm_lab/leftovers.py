@@ -11,7 +11,7 @@ from ftvm_lab.machine import Machine
 from ftvm_lab.processes import engine_log
 
 #: What Nova keeps beside the servers' own folders.
-_NOVAS = {"_base", "locks", "compute_nodes", "snapshots"}
+NOVAS_OWN = {"_base", "locks", "compute_nodes", "snapshots"}
 
 
 def on_hosts(layout: Layout) -> dict[str, list[str]]:
@@ -27,7 +27,7 @@ def _on(layout: Layout, node: Node) -> Iterator[str]:
         if line.startswith("tap"):
             yield "tap"
     for folder in layout.instances(node).iterdir():
-        if folder.name not in _NOVAS:
+        if folder.name not in NOVAS_OWN:
             yield "files"
     for pid in network.pids(node.namespace):
         if engine_log(pid):

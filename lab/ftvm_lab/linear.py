@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ftvm_lab.history import NOTHING, Kind, Operation
+from ftvm_lab.history import NOTHING, Kind, Operation, completed
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,23 +195,12 @@ def _shortest_beginning(operations: Sequence[Operation]) -> list[Operation]:
 
 def _until(operations: Sequence[Operation], end_s: float) -> list[Operation]:
     return [
-        operation if operation.completed_s is not None and operation.completed_s <= end_s else _as_unknown(operation)
+        operation
+        if operation.completed_s is not None and operation.completed_s <= end_s
+        else completed(operation, None, None)
         for operation in sorted(operations, key=lambda one: one.invoked_s)
         if operation.invoked_s <= end_s
     ]
-
-
-def _as_unknown(operation: Operation) -> Operation:
-    return Operation(
-        operation.number,
-        operation.process,
-        operation.connection,
-        operation.kind,
-        operation.key,
-        operation.invoked_s,
-        operation.value,
-        operation.expected,
-    )
 
 
 def _may_be_left_out(operation: Operation, rest: Sequence[Operation]) -> bool:

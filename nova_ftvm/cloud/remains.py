@@ -39,8 +39,8 @@ def destroy(driver: libvirt_driver.LibvirtDriver, host: str) -> None:
                 libvirt_driver.LibvirtDriver.destroy(driver, context, instance, instance.get_network_info(), {}, True)
             move.status = _COMPLETED
             move.save()
-        except exception.NovaException as error:
-            LOG.warning("The remains of the server stay for now: %s", error, instance=instance)
+        except Exception:  # libvirt, privsep, Neutron: whatever it was, Nova's look at its resources must go on.
+            LOG.exception("The remains of the server stay for now", instance=instance)
 
 
 def _left(context: nova_context.RequestContext, host: str) -> Iterator[tuple[objects.Migration, objects.Instance]]:

@@ -12,13 +12,13 @@ from ftvm_lab.command import WaitedTooLong, wait_until
 from ftvm_lab.failover import Stage
 from ftvm_lab.ftvm_settings import manager_file
 from ftvm_lab.layout import COMPUTES, CONTROL, Node
+from ftvm_lab.leftovers import NOVAS_OWN
 from ftvm_lab.machine import Machine, MachineDown
 from ftvm_lab.network import pids
+from ftvm_lab.processes import engine_log
 from ftvm_lab.servers import BACKUP_PREFIX
 
 GONE_S = 90.0
-#: What Nova keeps beside the servers' folders.
-_NOVAS_OWN = ("_base", "locks", "compute_nodes", "snapshots", "lost+found")
 _OFF = ("SHELVED_OFFLOADED",)
 
 
@@ -40,22 +40,11 @@ def _on_host(stage: Stage, node: Node) -> Iterator[str]:
     yield from (f"domain {uuid}" for uuid in domains)
     yield from (f"tap {line.split()[0]}" for line in links if line.startswith("tap"))
     for folder in stage.layout.instances(node).iterdir():
-        if folder.is_dir() and folder.name not in _NOVAS_OWN:
+        if folder.is_dir() and folder.name not in NOVAS_OWN:
             yield f"files {folder.name}"
     for pid in pids(node.namespace):
-        if (engine := _engine(pid)) is not None:
-            yield f"engine {engine}"
-
-
-def _engine(pid: int) -> str | None:
-    """'SERVER ROLE' of an engine's process, which has its log open."""
-    try:
-        if b"nova_ftvm.cmd.engine" not in Path(f"/proc/{pid}/cmdline").read_bytes():
-            return None
-        log = Path(f"/proc/{pid}/fd/1").readlink()
-    except OSError:
-        return None
-    return f"{log.parent.name} {log.stem}"
+        if log := engine_log(pid):
+            yield f"engine {Path(log).parent.name} {Path(log).stem}"
 
 
 def _in_the_cloud(stage: Stage) -> Iterator[str]:

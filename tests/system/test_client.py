@@ -1,12 +1,13 @@
 """The demo's client must see every fault; a guest that misbehaves on purpose proves it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 
 import pytest
 from ftvm_lab.client import Exchange, Pace, Record, run_client, summarize
 from ftvm_lab.session import Session, Verdict
+
+from tests.system.serving import Answer, serving
 
 FAST = Pace(think_s=0.0, silence_s=0.3, grace_s=0.2)
 FAULTY_REQUEST = 5
@@ -73,29 +74,15 @@ class HangsUp(Guest):
         return super().answer(seq, nonce)
 
 
-@asynccontextmanager
-async def serving(make: Callable[[], Guest]) -> AsyncIterator[tuple[str, int]]:
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        guest = make()
-        try:
-            while line := await reader.readline():
-                seq, nonce = map(int, line.split())
-                writer.writelines(guest.answer(seq, nonce))
-        except OSError:
-            pass
-        finally:
-            writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with server:
-        host, port = server.sockets[0].getsockname()
-        yield host, port
+def connected(make: Callable[[], Guest]) -> Answer:
+    guest = make()
+    return lambda line: guest.answer(*map(int, line.split()))
 
 
 def records_of(make: Callable[[], Guest], seconds: float = 0.2) -> list[Record]:
     async def run() -> list[Record]:
         stop = asyncio.Event()
-        async with serving(make) as address:
+        async with serving(lambda: connected(make)) as address:
             asyncio.get_running_loop().call_later(seconds, stop.set)
             return await run_client(address, 3, FAST, stop)
 

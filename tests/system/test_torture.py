@@ -1,8 +1,7 @@
 """The torture: its clients see every way in which a register can be wrong, and a protected one stays right."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -16,6 +15,8 @@ from ftvm_lab.layout import COMPUTES, Layout
 from ftvm_lab.nemesis import TOTAL_LOSS, Look, Planned, Struck
 from ftvm_lab.register import Pace, Plan, Report, Work, run_clients
 from ftvm_lab.torture import Run
+
+from tests.system.serving import serving
 
 # -- the clients, at registers that misbehave on purpose
 
@@ -119,22 +120,9 @@ class HangsUp(Register):
         return super().reply(number, text)
 
 
-@asynccontextmanager
-async def serving(register: Register) -> AsyncIterator[tuple[str, int]]:
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while line := await reader.readline():
-                if (reply := register.answer(line.decode())) is not None:
-                    writer.write(reply.encode() + b"\n")
-        except OSError:
-            pass
-        finally:
-            writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with server:
-        host, port = server.sockets[0].getsockname()
-        yield host, port
+def answers(register: Register, line: bytes) -> list[bytes]:
+    reply = register.answer(line.decode())
+    return [] if reply is None else [reply.encode() + b"\n"]
 
 
 def used(make: Callable[[], Register], directory: Path, seconds: float = 0.6) -> tuple[Report, History]:
@@ -143,7 +131,8 @@ def used(make: Callable[[], Register], directory: Path, seconds: float = 0.6) ->
 
     async def run() -> Report:
         stop = asyncio.Event()
-        async with serving(make()) as address:
+        register = make()
+        async with serving(lambda: lambda line: answers(register, line)) as address:
             asyncio.get_running_loop().call_later(seconds, stop.set)
             with path.open("w") as output:
                 return await run_clients(address, CONNECTIONS, FAST, Work(Plan(1), Recorder(output)), stop)

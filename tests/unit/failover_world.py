@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -204,6 +205,19 @@ class FakeCloud:
                 raise CloudRefused("evacuate", 409, f"{server.vm_state}, {server.task_state}")
             self.alter(server_id, task_state="rebuilding")
             self._due.append((self.clock.now() + EVACUATION_S, lambda: self._evacuated(server_id, host)))
+
+    def tell_of_backups(self) -> threading.Event:
+        """Set once a backup was asked for; for tests with the manager's real threads."""
+        asked = threading.Event()
+        create = self.create_backup
+
+        def created(*arguments: Any) -> str:
+            backup_id = create(*arguments)
+            asked.set()
+            return backup_id
+
+        self.create_backup = created  # type: ignore[method-assign]
+        return asked
 
     def moving_to(self, server_id: str) -> list[str]:
         self._look("moving_to")

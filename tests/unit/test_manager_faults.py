@@ -91,15 +91,7 @@ def test_a_grant_whose_commit_is_in_doubt_is_found_when_it_is_asked_for_again(wo
 def test_a_manager_whose_database_was_away_for_a_minute_goes_on_by_itself(world):
     """Its real threads: reconcile and workers meet the dark database, and do their work when it is back."""
     world.cloud.boot()
-    placed = threading.Event()
-    create = world.cloud.create_backup
-
-    def created(*arguments):
-        backup_id = create(*arguments)
-        placed.set()
-        return backup_id
-
-    world.cloud.create_backup = created
+    placed = world.cloud.tell_of_backups()
     service = Service(world.manager, world.queue, Settings(reconcile_interval_s=0.05), workers=2)
     engine, world.store._engine = world.store._engine, Dark()
     met = threading.Event()

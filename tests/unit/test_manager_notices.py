@@ -3,8 +3,6 @@
 import threading
 
 import pytest
-from oslo_config import cfg
-from oslo_messaging import transport
 from oslo_messaging.notify import _impl_test
 
 from nova_ftvm.failover import bulletin as bulletins
@@ -14,15 +12,6 @@ from nova_ftvm.rpc import notifications
 from nova_ftvm.types import Generation, PairState
 from tests.unit.failover_world import World
 from tests.unit.test_arbiter import pair_in
-
-
-@pytest.fixture
-def conf():
-    conf = cfg.ConfigOpts()
-    conf([], project="test", default_config_files=[])
-    conf.register_opts(transport._transport_opts)
-    conf.set_override("transport_url", "fake:/")
-    return conf
 
 
 @pytest.fixture

@@ -1,12 +1,9 @@
 """The manager behind oslo.messaging, in process: names, arguments and answers are those of the contract."""
 
-import threading
 import time
 
 import oslo_messaging
 import pytest
-from oslo_config import cfg
-from oslo_messaging import transport
 
 from nova_ftvm.failover.pairing import NotPlanned
 from nova_ftvm.failover.service import Service
@@ -17,15 +14,6 @@ from nova_ftvm.rpc.agent import AgentClient
 from nova_ftvm.rpc.manager import ManagerApi, ManagerClient
 from nova_ftvm.types import PairState
 from tests.unit.failover_world import PORT, VM, World
-
-
-@pytest.fixture
-def conf():
-    conf = cfg.ConfigOpts()
-    conf([], project="test", default_config_files=[])
-    conf.register_opts(transport._transport_opts)
-    conf.set_override("transport_url", "fake:/")
-    return conf
 
 
 @pytest.fixture
@@ -106,15 +94,7 @@ def test_a_notification_wakes_and_other_events_do_not(conf):
 
 def test_the_threads_protect_a_server_that_a_notification_names(world):
     """The one test with real threads: from the notification to the asked-for backup."""
-    placed = threading.Event()
-    create = world.cloud.create_backup
-
-    def created(*arguments):
-        backup_id = create(*arguments)
-        placed.set()
-        return backup_id
-
-    world.cloud.create_backup = created
+    placed = world.cloud.tell_of_backups()
     queue = world.queue
     queue._clock = time.monotonic
     service = Service(world.manager, queue, Settings(reconcile_interval_s=3600), workers=2)

@@ -247,7 +247,7 @@ def simulate(
     state = NOTHING
     for _, one in sorted(effects, key=lambda effect: effect[0]):
         one = _aimed(one, draw, state)
-        found = state
+        found: str | None = state
         if one.kind is Kind.WRITE or (one.kind is Kind.CAS and one.expected == state):
             assert one.value is not None
             state = one.value
