@@ -35,6 +35,8 @@ class Blocks:
 
     def fill(self, extent: Extent, word: str) -> None:
         """Writes lines of the word; the disk has them when it returns."""
+        if word.split() != [word]:
+            raise ValueError(f"not one word: {word!r}")
         self._ask(f"fill {extent.disk} {extent.offset} {extent.size} {word}")
 
     def sum(self, extent: Extent) -> str:

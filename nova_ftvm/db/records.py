@@ -9,10 +9,12 @@ from nova_ftvm.types import Generation, InstanceId, PairId, PairState
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Refusal:
-    """A host's word that it cannot work with a server as things are."""
+    """A host's word that it cannot work with a server as things are, or that a backup was just lost there."""
 
     at: float
     reason: str
+    #: The host's own word: the same will happen again. Otherwise it is only a reason to prefer another host.
+    lasting: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -140,9 +140,9 @@ class Arbiter:
         return self._ask(pair_id, lambda pair: judge_promotion(pair, generation, host), voice, evidence, _STALE_S)
 
     def request_degrade(self, pair_id: PairId, generation: int, host: str, reason: str) -> Grant:
-        return self._ask(pair_id, lambda pair: judge_degrade(pair, generation, host),
-                         lambda pair: {"step": CLEANUP, "reason": f"no backup: {reason}", **self._put_off(pair)},
-                         reason, _STALE_S)
+        def alone(pair: Pair) -> PairChanges:
+            return {"step": CLEANUP, "reason": f"no backup: {reason}", **self._put_off(pair, reason)}
+        return self._ask(pair_id, lambda pair: judge_degrade(pair, generation, host), alone, reason, _STALE_S)
 
     # -- reports
 
@@ -213,8 +213,7 @@ class Arbiter:
         """
         changes: PairChanges = {"step": CLEANUP, "reason": reason, "refused": {}}
         if failed:
-            changes |= self._put_off(pair)
-            changes["refused"] = dict(pair.refused)
+            changes |= self._put_off(pair, reason)
         if refused_by:
             changes["refused"] = {**pair.refused, refused_by: Refusal(self._clock.now(), reason)}
         return self.apply(pair, PairEvent.DISARM, reason, **changes)
@@ -225,7 +224,7 @@ class Arbiter:
 
     def fail(self, pair: Pair, reason: str) -> Pair:
         """Nothing can be done before somebody or something comes back: the reason says what. Raises LostRace."""
-        changes: PairChanges = {"step": CLEANUP, "reason": reason, **self._put_off(pair)}
+        changes: PairChanges = {"step": CLEANUP, "reason": reason, **self._put_off(pair, reason)}
         return self.apply(pair, PairEvent.FAIL, reason, **changes)
 
     def apply(self, pair: Pair, event: PairEvent, cause: str, **changes: Unpack[PairChanges]) -> Pair:
@@ -238,12 +237,16 @@ class Arbiter:
         self._announce(pair, moved)
         return moved
 
-    def _put_off(self, pair: Pair) -> PairChanges:
-        """One more failure in the row; a protection that lasted has ended the row."""
+    def _put_off(self, pair: Pair, reason: str) -> PairChanges:
+        """One more failure in the row; a protection that lasted has ended the row. Where the backup was is remembered,
+        as the next one had better be elsewhere."""
         now = self._clock.now()
         lasted = pair.state is PairState.PROTECTED and now - pair.moved_at >= self._settings.retry_limit_s
         attempts = 1 if lasted else pair.attempts + 1
-        return {"attempts": attempts, "retry_at": now + self._settings.back_off(attempts)}
+        refused = dict(pair.refused)
+        if pair.backup_host is not None and not (pair.backup_host in refused and refused[pair.backup_host].lasting):
+            refused[pair.backup_host] = Refusal(now, reason, lasting=False)
+        return {"attempts": attempts, "retry_at": now + self._settings.back_off(attempts), "refused": refused}
 
     def _ask(self, pair_id: PairId, judge: Judge, changes: Callable[[Pair], PairChanges], cause: str,
              stale_s: float = math.inf) -> Grant:

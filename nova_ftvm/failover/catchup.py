@@ -30,6 +30,7 @@ from nova_ftvm.types import PairState
 LOG = log.getLogger(__name__)
 
 _MIGRATING = "migrating"
+_DELETING = ("deleting", "soft-deleting")
 _REBUILDING = ("rebuilding", "rebuild_block_device_mapping", "rebuild_spawning")
 
 
@@ -149,9 +150,13 @@ class CatchUp:
         alive = self._fence(pair, source)
         self._store.mark_forced_down(source, True)
         self._cloud.force_down(source, True)
-        if server.task_state is not None or server.vm_state != "active":
-            self._cloud.reset_state(server.id)
         try:
+            if server.task_state in _DELETING:
+                # The order was lost with the host. Nova deletes by itself what it knows to be on a host that is down.
+                self._cloud.delete_server(server.id)
+                raise StepFailed("evacuate", "the server is being deleted")
+            if server.task_state is not None or server.vm_state != "active":
+                self._cloud.reset_state(server.id)
             self._cloud.evacuate(server.id, host)
         except CloudRefused as error:
             raise StepFailed("evacuate", f"Nova refused to move the server: {error.message}") from error
@@ -199,7 +204,8 @@ class CatchUp:
                 if server.host != host:
                     raise StepFailed("evacuate", f"Nova's evacuation failed: {server.fault or 'no fault given'}")
             if self._clock.now() > deadline:
-                self._cloud.reset_state(server.id)
+                if server.task_state not in _DELETING:
+                    self._cloud.reset_state(server.id)
                 raise StepFailed("evacuate", f"the server is not on {host} after {self._settings.step_timeout_s:g} s")
             self._clock.sleep(self._settings.poll_s)
 

@@ -103,11 +103,13 @@ class Pairing:
         return backup_id
 
     def _places(self, pair: Pair) -> list[str]:
-        """The hosts that Nova may choose from. If there is a choice, none that may just have died with the last backup;
-        and, at the first try, none where other pairs have to be waited for."""
+        """The hosts that Nova may choose from. If there is a choice, none where a backup was just lost, or that may
+        have died with it; and, at the first try, none where other pairs have to be waited for."""
         hosts, now, limit_s = self._store.hosts(), self._clock.now(), self._settings.agent_down_s
-        refused = refusals.standing(pair, hosts, now, self._settings)
-        places = (candidates(hosts, pair.primary_host, now, limit_s / _FRESH, refused)
+        refused = refusals.standing(pair, hosts, now, self._settings).keys()
+        avoided = refused | refusals.avoided(pair, now)
+        places = (candidates(hosts, pair.primary_host, now, limit_s / _FRESH, avoided)
+                  or candidates(hosts, pair.primary_host, now, limit_s / _FRESH, refused)
                   or candidates(hosts, pair.primary_host, now, limit_s, refused))
         load = line.load(self._store.pairs_in(PairState.PENDING, PairState.SYNCING))
         roomy = [host for host in places if load[host] < self._settings.sync_limit_per_host]

@@ -12,6 +12,8 @@ PROTECTED = "protected: the backup holds the guest's memory, devices and disks"
 SYNCING = "the first copy of memory and disks is under way; ft:progress tells how much of it is done, in percent"
 #: Nova's limit for a value of metadata.
 _LIMIT = 255
+#: Nova refuses to change the metadata of a server in any other state: what it shows there is from before.
+_WRITABLE = ("active", "paused", "suspended", "stopped")
 
 
 def sentence(pair: Pair) -> str:
@@ -31,6 +33,8 @@ def show_pair(cloud: Cloud, server: Server, pair: Pair, note: str = "") -> None:
 
 def show(cloud: Cloud, server: Server, state: PairState, reason: str, progress: float | None = None) -> None:
     """Writes what differs from what the server shows; raises as Cloud does. progress: percent; None takes it away."""
+    if server.vm_state not in _WRITABLE:
+        return
     wanted = {request.STATE_KEY: state.value, request.REASON_KEY: reason[:_LIMIT]}
     if progress is not None:
         wanted[request.PROGRESS_KEY] = str(int(progress))

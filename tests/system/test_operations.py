@@ -320,7 +320,7 @@ def test_a_reboot_while_degraded_and_a_stop_while_syncing_do_what_they_say(story
     story.becomes("ACTIVE")
     story.serves()
     story.is_whole()
-    Blocks(story.address).fill(BALLAST, "ballast again")
+    Blocks(story.address).fill(BALLAST, "ballast-again")
     with slow_copies(story.stage):
         story.compute.reboot_server(story.id, "HARD")
         story.shows("syncing")
@@ -397,7 +397,7 @@ def _refusal(story: Story, action: str) -> bool:
 def test_a_server_is_deleted_in_any_state_and_leaves_nothing(stage: Stage, story: Story) -> None:
     story.is_whole()
     whole = Expected(stage, story.id, protected=True)
-    with _without_compute_services(stage, besides=story.host):
+    with _only_host(stage, story.host):
         pending = Story(stage, stage.create("pending", "ft=true"), "")
         pending.shows("pending")
         stage.servers.delete(pending.id)
@@ -441,15 +441,16 @@ def test_a_users_own_port_is_free_again_after_its_server(stage: Stage, story: St
 
 
 @contextmanager
-def _without_compute_services(stage: Stage, besides: Node) -> Iterator[None]:
-    machines = [Machine(stage.layout, node) for node in COMPUTES if node != besides]
-    for machine in machines:
-        machine.stop(computes.COMPUTE)
+def _only_host(stage: Stage, usable: Node) -> Iterator[None]:
+    """Nova takes the others for down."""
+    others = [node for node in COMPUTES if node != usable]
+    for node in others:
+        assert _force_down(stage, node, True)
     try:
         yield
     finally:
-        for machine in machines:
-            computes.start(machine, computes.COMPUTE)
+        for node in others:
+            _force_down(stage, node, False)
         wait_until(
             "all hosts to be usable",
             lambda: cloud.usable_hosts(stage.servers.connection) >= {node.name for node in COMPUTES},

@@ -177,14 +177,17 @@ class FakeCloud:
         for _ in self._do("delete_server", server_id):
             if server_id in self.store:
                 self.alter(server_id, task_state="deleting")
-                if self.store[server_id].host in self.dead:
-                    continue
+                host = self.store[server_id].host or ""
+                if host in self.dead and not self.forced_down.get(host):
+                    continue  # Nova believes that the host lives, and gives the order to nobody.
                 self._due.append((self.clock.now() + DELETION_S, lambda: self.store.pop(server_id, None)))
 
     def set_metadata(self, server_id: str, items: Mapping[str, str]) -> None:
         for _ in self._do("set_metadata", server_id, dict(items)):
             if server_id not in self.store:
                 raise CloudRefused("metadata", 404, "no such server")
+            if self.store[server_id].vm_state not in ("active", "paused", "suspended", "stopped", "building"):
+                raise CloudRefused("metadata", 409, f"the server is {self.store[server_id].vm_state}")
             self.alter(server_id, metadata={**self.store[server_id].metadata, **items})
 
     def delete_metadata(self, server_id: str, key: str) -> None:

@@ -295,6 +295,27 @@ def test_a_server_deleted_meanwhile_takes_its_guest_with_it(world):
     assert world.pair is None and not world.cloud.backups()
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_server_whose_deletion_was_lost_with_its_host_does_not_come_back(world, late):
+    """Nova gives the order to the dead host, and waits for it: until the host is known to be down."""
+    pair = world.pair
+    world.agents.silent.add("hx")
+    world.cloud.dead.add("hx")
+    world.manager.request_promotion(pair.id, pair.generation, "hy", "silence")
+    world.manager.report_promoted(pair.id, pair.generation, "hy", {}, "")
+    if late:
+        world.cloud.refuse["evacuate"] = [CloudRefused("evacuate", 409, "deleting")]
+        world.work()
+    world.cloud.delete_server(VM)
+    for _ in range(5):
+        world.work()
+        world.clock.time += 5
+        world.manager.reconciler.all()
+    assert VM not in world.cloud.store and not world.cloud.named("reset_state")
+    assert ("fence", "hy", 2) in world.agents.calls
+    assert world.pair is None and not world.cloud.backups()
+
+
 def test_a_promotion_that_fails_ends_in_a_boot_from_the_backups_disks(world):
     """Nova asks the driver, which adopts a guest if there is one, and boots from the files that it finds if not."""
     pair = world.pair

@@ -78,6 +78,16 @@ def test_a_refused_server_says_why_and_has_no_pair(world, changes, reason):
     assert len(world.cloud.calls) == writes
 
 
+@pytest.mark.parametrize("vm_state", ["rescued", "resized", "shelved_offloaded", "error"])
+def test_a_server_whose_metadata_nova_does_not_change_is_not_asked_to(world, vm_state):
+    world.cloud.boot(vm_state=vm_state)
+    world.pass_by(5)
+    assert world.cloud.calls == []
+    world.cloud.alter(VM, vm_state="stopped")
+    world.pass_by()
+    assert world.shown[0] == "unprotected" and "the server is stopped" in world.shown[1]
+
+
 def test_a_refusal_becomes_protection_when_its_reason_is_gone(world):
     world.hosts.remove("hy")
     world.clock.time += 60

@@ -259,6 +259,30 @@ def test_a_manager_killed_anywhere_in_a_repair_leaves_one_backup(tmp_path):
     assert kill_at > 20
 
 
+def test_a_new_backup_goes_where_the_last_one_was_not_lost_if_it_can(world):
+    world.hosts.append("hz")
+    world.protect()
+    lost = world.pair.backup_host
+    other = ({"hy", "hz"} - {lost}).pop()
+    world.lose_backup()
+    repair(world, other)
+    assert world.cloud.named("create_backup")[-1][2] == (other,)
+    world.lose_backup()
+    world.hosts.remove(lost)
+    world.clock.time += 45
+    repair(world, other)
+    assert world.cloud.named("create_backup")[-1][2] == (other,), "there is no other"
+
+
+def test_a_lost_backup_is_not_held_against_its_host_for_long(world):
+    world.hosts.append("hz")
+    world.protect()
+    world.lose_backup()
+    world.clock.time += 120
+    repair(world)
+    assert world.cloud.named("create_backup")[-1][2] == ("hy", "hz")
+
+
 def test_two_managers_that_see_the_same_need_make_one_backup(world):
     """The other one's whole pass comes between the first one's judgement and its move."""
     world.protect()
