@@ -7,7 +7,7 @@ What it promises is the compare-and-set: `change` writes all of its columns, or 
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypedDict, TypeVar, Unpack
 
 import sqlalchemy as sa
@@ -65,6 +65,7 @@ class PairChanges(TypedDict, total=False):
     attempts: int
     retry_at: float
     refused: Mapping[str, Refusal]
+    ports: Sequence[str]
 
 
 class Store:
@@ -207,6 +208,8 @@ def _columns(fields: dict[str, Any]) -> dict[str, Any]:
         written["timeline"] = dict(written["timeline"])
     if "refused" in written:
         written["refused"] = {host: dataclasses.asdict(refusal) for host, refusal in written["refused"].items()}
+    if "ports" in written:
+        written["ports"] = list(written["ports"])
     return written
 
 
@@ -214,7 +217,7 @@ def _pair(row: Any) -> Pair:
     fields = {name: row[name] for name in _PAIR_FIELDS}
     refused = {host: Refusal(**said) for host, said in (fields["refused"] or {}).items()}
     return Pair(**{**fields, "state": PairState(fields["state"]), "timeline": dict(fields["timeline"] or {}),
-                   "refused": refused})
+                   "refused": refused, "ports": tuple(fields["ports"] or ())})
 
 
 def _host(row: Any) -> Host:

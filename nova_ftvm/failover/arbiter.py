@@ -188,7 +188,7 @@ class Arbiter:
             return pair
         event = PairEvent.ENABLE if pair.state is PairState.DISABLED else PairEvent.REPAIR
         fresh: PairChanges = {"primary_host": host, "token": secrets.token_hex(32), "progress": 0.0, "reason": "",
-                              "step": NOTHING, "backup_id": None, "backup_host": None}
+                              "step": NOTHING, "backup_id": None, "backup_host": None, "ports": ()}
         if host != pair.active_host:
             fresh |= {"active_host": host, "active_since": Generation(pair.generation + 1)}
         return self.apply(pair, event, "protection is asked for", **fresh)

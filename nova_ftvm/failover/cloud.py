@@ -114,7 +114,8 @@ class Cloud(Protocol):
 
     def ports(self, instance_id: str) -> list[Port]: ...
 
-    def bindings(self, port_id: str) -> list[Binding]: ...
+    def bindings(self, port_id: str) -> list[Binding]:
+        """A port that is gone has none."""
 
     def bind(self, port: Port, host: str) -> Binding:
         """Makes an inactive binding, or returns the one that exists."""

@@ -129,8 +129,8 @@ class NovaCloud:
         return [Port(port["id"], port.get("binding:vnic_type", "normal")) for port in answer["ports"]]
 
     def bindings(self, port_id: str) -> list[Binding]:
-        return [_binding(found) for found in
-                self._need("network", "GET", f"/ports/{port_id}/bindings")["bindings"]]
+        answer = self._call("network", "GET", f"/ports/{port_id}/bindings", missing=True)
+        return [_binding(found) for found in (answer or {}).get("bindings", ())]
 
     def bind(self, port: Port, host: str) -> Binding:
         wanted = {"binding": {"host": host, "vnic_type": port.vnic_type, "profile": {}}}

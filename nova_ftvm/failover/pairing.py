@@ -132,7 +132,7 @@ class Pairing:
             domain = self._agents.describe_domain(pair.primary_host, pair.instance_id)
         except AgentFailed as error:
             raise NotPlanned(f"the agent of {pair.primary_host} does not describe the guest: {said(error)}") from error
-        pair = self._store.change(pair, backup_host=host)
+        pair = self._store.change(pair, backup_host=host, ports=[port.id for port, _ in bindings])
         return StandbyPlan(
             pair_id=pair.id, instance_id=pair.instance_id, generation=pair.generation,
             primary_host=pair.primary_host, domain_xml=domain["domain_xml"], disks=domain.get("disks", {}),
@@ -189,7 +189,7 @@ class Pairing:
             self._cloud.delete_server(backup.id)
         self.remove_bindings(pair)
         self._await_deletion(pair, self._on_living_hosts(backups))
-        return self._store.change(pair, step=NOTHING, backup_id=None, backup_host=None)
+        return self._store.change(pair, step=NOTHING, backup_id=None, backup_host=None, ports=())
 
     def _await_deletion(self, pair: Pair, backups: Sequence[Server]) -> None:
         """A new backup finds its place more easily when the old one is gone. It may find one all the same."""
@@ -218,11 +218,11 @@ class Pairing:
                         pair.generation, host, said(error))
 
     def remove_bindings(self, pair: Pair) -> None:
-        """Those on the backup's host that are not active."""
+        """Those on the backup's host that are not active; also of a port that was the server's, and is its owner's."""
         server = self._cloud.server(pair.instance_id)
-        if pair.backup_host is None or server is None or server.host == pair.backup_host:
+        if pair.backup_host is None or (server is not None and server.host == pair.backup_host):
             return
-        for port in self._cloud.ports(pair.instance_id):
-            for binding in self._cloud.bindings(port.id):
+        for port_id in {*pair.ports, *(port.id for port in self._cloud.ports(pair.instance_id))}:
+            for binding in self._cloud.bindings(port_id):
                 if binding.host == pair.backup_host and not binding.active:
-                    self._cloud.unbind(port.id, binding.host)
+                    self._cloud.unbind(port_id, binding.host)

@@ -9,6 +9,7 @@ from ftvm_lab.command import Progress
 from ftvm_lab.failover import Stage
 from ftvm_lab.layout import CONTROL, Layout
 from ftvm_lab.servers import Servers
+from keystoneauth1.exceptions import ClientException
 
 
 @pytest.fixture(scope="session")
@@ -34,9 +35,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def _told(stage: Stage) -> Iterator[str]:
-    for server in stage.servers.all():
-        shown = {key: value for key, value in server.metadata.items() if key.startswith("ft")}
-        yield f"{server.name} is {server.status}/{server.task_state} on {server.compute_host}: {shown}"
+    try:
+        for server in stage.servers.all():
+            shown = {key: value for key, value in server.metadata.items() if key.startswith("ft")}
+            yield f"{server.name} is {server.status}/{server.task_state} on {server.compute_host}: {shown}"
+    except ClientException as error:
+        yield f"Nova does not answer: {error}"
     log = stage.layout.logs(CONTROL) / "nova-ftvm-manager.log"
     if log.exists():
         yield from log.read_text(errors="replace").splitlines()[-40:]

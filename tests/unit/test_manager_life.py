@@ -387,6 +387,18 @@ def test_disarm_answers_after_the_primarys_engine_has_stopped(world):
     assert world.cloud.backups()
 
 
+@pytest.mark.parametrize("how", ["detached", "deleted"])
+def test_a_port_that_outlives_its_server_keeps_no_binding_on_the_backups_host(world, how):
+    world.protect()
+    assert set(world.cloud.bound[PORT]) == {"hx", "hy"}
+    world.manager.disarm(VM, f"an interface is {how}")
+    world.cloud.port_list = []
+    if how == "deleted":
+        del world.cloud.store[VM]
+    world.work()
+    assert set(world.cloud.bound[PORT]) == {"hx"}
+
+
 def test_disarm_does_not_wait_for_a_silent_agent(world):
     world.protect()
     world.agents.silent.add("hx")
