@@ -54,7 +54,8 @@ def _in_the_cloud(stage: Stage) -> Iterator[str]:
     for port in connection.network.ports():
         if not port.device_owner.startswith("compute:"):
             yield f"port {port.id} of nobody"
-        for binding in connection.network.get(f"/ports/{port.id}/bindings").json()["bindings"]:
+        # A port that went meanwhile has none.
+        for binding in connection.network.get(f"/ports/{port.id}/bindings").json().get("bindings", ()):
             yield f"port {port.id} bound to {binding['host'] or 'no host'}, {binding['status']}"
     for provider in connection.placement.resource_providers():
         reserved = connection.placement.get(f"/resource_providers/{provider.id}/allocations").json()["allocations"]

@@ -415,7 +415,10 @@ def test_a_server_is_deleted_in_any_state_and_leaves_nothing(stage: Stage, story
 
 def test_a_users_own_port_is_free_again_after_its_server(stage: Stage, story: Story) -> None:
     network = stage.servers.connection.network
-    port = network.create_port(network_id=network.find_network(NETWORK, ignore_missing=False).id)
+    port = network.create_port(
+        network_id=network.find_network(NETWORK, ignore_missing=False).id,
+        project_id=stage.servers.get(story.id).project_id,
+    )
     own = (str(port.id),)
     whole = Expected(stage, story.id, protected=True)
     with story.undisturbed():
