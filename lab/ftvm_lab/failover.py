@@ -124,13 +124,14 @@ class Stage:
         print(output, end="", flush=True)
         return output
 
-    def create(self, name: str, *properties: str, kind: Kind = DEMO) -> str:
-        """Creates a server as the plain user; its id, when it is ACTIVE."""
+    def create(self, name: str, *properties: str, kind: Kind = DEMO, port: str | None = None) -> str:
+        """Creates a server as the plain user, on a port of its own if one is given; its id, when it is ACTIVE."""
+        net = ("--network", NETWORK) if port is None else ("--port", port)
         words = [word for text in properties for word in ("--property", text)]
         self.openstack(
             [
                 *("server", "create", *words, "--image", kind.image, "--flavor", kind.flavor),
-                *("--network", NETWORK, "--wait", "-c", "id", "-c", "status", "-c", "addresses", name),
+                *(*net, "--wait", "-c", "id", "-c", "status", "-c", "addresses", name),
             ]
         )
         server = next(server for server in self.servers.all() if server.name == name)

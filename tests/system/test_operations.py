@@ -428,17 +428,10 @@ def test_a_users_own_port_is_free_again_after_its_server(stage: Stage, story: St
         story.compute.delete_server_interface(port.id, server=story.id)
         wait_until("protection to end", lambda: story.generation > before, ACT_S)
         check(stage, whole, free_ports=own)
-    like = stage.servers.get(story.id)
-    server = story.compute.create_server(
-        name="with-a-port",
-        image_id=like.image.id,
-        flavor_id=story.compute.find_flavor(failover.DEMO.flavor, ignore_missing=False).id,
-        networks=[{"port": port.id}],
-        metadata={"ft": "true"},
-    )
-    stage.servers.wait_for_backup(server.id, failover.PROTECT_TIMEOUT_S)
-    stage.servers.wait_for_state(server.id, "protected", failover.PROTECT_TIMEOUT_S)
-    stage.servers.delete(server.id)
+    server = stage.create("with-a-port", "ft=true", port=own[0])
+    stage.servers.wait_for_backup(server, failover.PROTECT_TIMEOUT_S)
+    stage.servers.wait_for_state(server, "protected", failover.PROTECT_TIMEOUT_S)
+    stage.servers.delete(server)
     check(stage, whole, free_ports=own)
     network.delete_port(port)
 
