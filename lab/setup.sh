@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 readonly STAMPS=build/stamps PYTHON=build/venv/bin/python
 readonly PACKAGES="rabbitmq-server mariadb-server mariadb-client busybox-static cpio kmod
     genisoimage iproute2 iputils-ping git gcc libc6-dev pkg-config python3-dev python3-venv
-    mmdebstrap e2fsprogs postgresql-client rsync"
+    mmdebstrap e2fsprogs postgresql-client rsync wrk redis-tools"
 # Newer than bookworm's own: Nova's next release needs libvirt 10.0 and QEMU 8.2.
 readonly BACKPORTS="libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients libvirt-dev
     qemu-system-x86 qemu-utils"

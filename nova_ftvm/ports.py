@@ -49,6 +49,26 @@ class NetBuffer(Protocol):
     def remove(self) -> None: ...
 
 
+class Activity(Pollable, Protocol):
+    """What the guest is at. Readable when it has sent something."""
+
+    def hear(self) -> bool:
+        """Has it sent something since the last call?"""
+
+    def asleep(self) -> bool:
+        """Do all its processors sleep? Raises GuestGone."""
+
+
+class Note(Protocol):
+    """What an agent goes by that finds the guest and no engine: the guest is held, and by whom."""
+
+    def leave(self, frozen: bool = False) -> None:
+        """BEFORE any output can be held, and BEFORE the guest is frozen."""
+
+    def remove(self) -> None:
+        """AFTER a planned end: nothing is held any more. Idempotent."""
+
+
 class WritableMemory(Protocol):
     """The standby's RAM."""
 

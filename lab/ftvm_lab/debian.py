@@ -1,4 +1,4 @@
-"""Builds the database guest: Debian with systemd and PostgreSQL on an ext4 disk of its own.
+"""Builds the Debian guest: systemd on an ext4 disk of its own, PostgreSQL, and what the benchmark works with.
 
 Run by setup as `python -m ftvm_lab.debian DIRECTORY`, as root. Needs the Debian mirror that apt uses and
 nothing else: no loop device, no boot loader (kernel and ramdisk are files of their own, as the busybox
@@ -7,6 +7,7 @@ guest's are). There is no udev in it: the ramdisk brings the modules, the kernel
 
 import shutil
 import sys
+from importlib.resources import as_file, files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,7 +15,9 @@ from ftvm_lab import guest
 from ftvm_lab.command import run
 
 SUITE = "bookworm"
-PACKAGES = ("systemd-sysv", "postgresql", "acpid", "iproute2")
+PACKAGES = ("systemd-sysv", "postgresql", "acpid", "iproute2", "nginx-light", "redis-server")
+#: The benchmark starts them; in other guests they stay away.
+ON_DEMAND = ("nginx.service", "redis-server.service")
 #: Not needed on the disk of a server, or only to compile queries.
 EXCLUDED = (
     *("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/i18n/*"),
@@ -32,6 +35,7 @@ FILES = {
     "seed.service": "etc/systemd/system/ftvm-seed.service",
     "needs-seed.conf": "etc/systemd/system/postgresql@.service.d/needs-seed.conf",
     "power-button": "etc/acpi/events/power-button",
+    "bench.service": "etc/systemd/system/ftvm-bench.service",
 }
 DISK_SIZE = "2G"
 BUILD_TIMEOUT_S = 600
@@ -49,6 +53,7 @@ def main() -> None:
         _install_debian(root)
         _configure_system(root)
         _configure_database(root)
+        _add_benchmark(root)
         _make_disk(root, work / "disk.raw", target / "disk.qcow2")
 
 
@@ -98,6 +103,17 @@ def _configure_database(root: Path) -> None:
     single = [f"{programs}/postgres", "--single", "-D", cluster, "-c", "dynamic_shared_memory_type=mmap"]
     single += ["-c", f"config_file=/etc/postgresql/{version}/main/postgresql.conf", "postgres"]
     run([*as_owner, *single], standard_input="create extension amcheck\n")
+
+
+def _add_benchmark(root: Path) -> None:
+    with as_file(files("ftvm_lab").joinpath("debian_root", "bench.c")) as source:
+        program = root / "usr/local/sbin/ftvm-bench"
+        run(["gcc", "-O2", "-static", "-Wall", "-Wextra", "-Werror", "-o", str(program), str(source)])
+    run(["systemctl", f"--root={root}", "enable", "ftvm-bench.service"])
+    run(["systemctl", f"--root={root}", "disable", *ON_DEMAND])
+    with (root / "etc/redis/redis.conf").open("a") as settings:
+        # The last word counts.
+        settings.write(files("ftvm_lab").joinpath("debian_root", "redis.conf").read_text())
 
 
 def _make_disk(root: Path, raw: Path, disk: Path) -> None:

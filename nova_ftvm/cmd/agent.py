@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from oslo_config import cfg
@@ -19,9 +20,9 @@ from nova_ftvm.cmd.engine import Order
 from nova_ftvm.conf import agent as agent_conf
 from nova_ftvm.conf import engine as engine_conf
 from nova_ftvm.conf import service as service_conf
-from nova_ftvm.engine.agent import Agent
+from nova_ftvm.engine.agent import Agent, Engine
 from nova_ftvm.exception import FtvmError
-from nova_ftvm.host import guests, probe, process
+from nova_ftvm.host import guests, note, probe, process
 from nova_ftvm.rpc import common
 from nova_ftvm.rpc import server as rpc_server
 from nova_ftvm.rpc.agent import AgentApi
@@ -58,12 +59,14 @@ class EngineFactory:
     def __call__(self, request: dict[str, Any]) -> process.EngineProcess:
         """request: the fields of Order that belong to the pair."""
         folder = os.path.join(self._conf.agent.runtime_dir, request["instance_id"])
-        engine = self._conf.engine
+        settings = {option.name: self._conf.engine[option.name] for option in engine_conf.OPTS}
+        if request["policy"]:
+            settings["policy"] = request["policy"]
         order = Order(
             role=Role(request["role"]), pair_id=request["pair_id"], generation=Generation(request["generation"]),
             instance_id=request["instance_id"], token=request["token"], folder=folder,
             libvirt_uri=self._conf.agent.libvirt_uri, address=request["address"], port=request["port"],
-            qemu_owner=self._owner, **{option.name: engine[option.name] for option in engine_conf.OPTS})
+            qemu_owner=self._owner, **settings)
         return process.start(dataclasses.asdict(order), os.path.join(folder, f"{order.role.value}.log"),
                              order.path(f"{order.role.value}.ctl"), self._conf.agent.engine_start_timeout_s)
 
@@ -76,6 +79,22 @@ def surviving_engines(runtime_dir: str) -> list[process.EngineProcess]:
             found.append(process.EngineProcess(path, 0.0))
         except process.EngineLost:
             os.unlink(path)
+    return found
+
+
+def lost_engines(runtime_dir: str, living: Iterable[Engine]) -> list[process.LostEngine]:
+    """Primaries' engines that died while no agent was there, and left their guests held. AFTER the living ones were
+    found: one that hung was killed then."""
+    attended = {engine.instance_id for engine in living if engine.role == Role.PRIMARY}
+    found = []
+    for folder in note.folders(runtime_dir):
+        if os.path.basename(folder) in attended:
+            continue
+        left = note.find(folder)
+        if left is None:
+            note.remove(folder)
+        else:
+            found.append(process.LostEngine(left))
     return found
 
 
@@ -94,7 +113,8 @@ def main() -> int:
     here = guests.Guests(conf.agent.runtime_dir, qemu_owner, conf.agent.libvirt_uri)
     agent = Agent(conf.host, conf.agent.data_address, missing, ManagerClient(transport, _RPC_TIMEOUT_S), here,
                   EngineFactory(conf, qemu_owner))
-    agent.adopt_engines(list(surviving_engines(conf.agent.runtime_dir)))
+    living = surviving_engines(conf.agent.runtime_dir)
+    agent.adopt_engines([*living, *lost_engines(conf.agent.runtime_dir, living)])
     server = rpc_server.serve(transport, common.AGENT_TOPIC, conf.host,
                               rpc_server.Endpoint(agent, rpc_server.methods_of(AgentApi)))
     server.start()

@@ -16,6 +16,7 @@ from nova_ftvm import ports
 from nova_ftvm.core import wire
 from nova_ftvm.core.epoch import EpochLoop, Pace
 from nova_ftvm.core.lease import Lease
+from nova_ftvm.core.policy import Policy
 from nova_ftvm.engine import link as links
 from nova_ftvm.engine.backup import BackupEngine
 from nova_ftvm.engine.capture import Conversation
@@ -23,6 +24,7 @@ from nova_ftvm.engine.primary import PrimaryEngine
 from nova_ftvm.engine.stats import EpochLog
 from nova_ftvm.exception import FtvmError, InTheWay, Unsupported
 from nova_ftvm.host import qmp
+from nova_ftvm.host.activity import Activity
 from nova_ftvm.host.control import ControlServer
 from nova_ftvm.host.disks import (
     AttendedMonitor,
@@ -34,9 +36,11 @@ from nova_ftvm.host.disks import (
     replicas,
 )
 from nova_ftvm.host.gate import Gate
+from nova_ftvm.host.guests import release
 from nova_ftvm.host.libvirt import Host, StandbyDomain
 from nova_ftvm.host.memory import GuestMemory, TrackedMemory, ram_blocks
 from nova_ftvm.host.netbuf import OutputBuffers, interfaces
+from nova_ftvm.host.note import NoteFile
 from nova_ftvm.host.watchdog import Watchdog
 from nova_ftvm.types import Generation, Role
 
@@ -66,6 +70,7 @@ class Order:
     address: str
     port: int
     qemu_owner: tuple[int, int]
+    policy: str
     epoch_ms: float
     hold_limit_ms: float
     beat_ms: float
@@ -122,20 +127,26 @@ def run_primary(order: Order, control: ControlServer) -> int:
     hello = wire.Hello(order.pair_id, machine_type(monitor), tuple(blocks), disks=tuple(disks))
     link, shallow = links.dial(order.address, order.port, order.generation, hello, order.token,
                                order.frame_limit_bytes)
+    note = NoteFile(order.folder, order.pair_id, order.generation, order.instance_id, monitor.pid)
+    # The manager begins only with a guest that may speak, and the backup that answered waits for its first epoch: what
+    # an engine holds that died here is let go now, and not at the end of the first copy.
+    release(monitor, order.folder)
+    note.remove()
     pidfd = qmp.pidfd_of(monitor)
     memory = TrackedMemory(monitor.pid, pidfd, blocks)
-    buffers = OutputBuffers(monitor, interfaces(monitor))
+    activity = Activity(monitor, order.path("output.fifo"), order.qemu_owner)
+    buffers = OutputBuffers(monitor, interfaces(monitor), activity.signs.path)
     mirror = DiskMirror(monitor, disks, order.path("disks.sock"), order.qemu_owner, order.disk_copy_mib_s << 20,
                         _MAX_REQUEST)
-    gate = Gate(order.path("state.fifo"), order.qemu_owner)
+    gate = Gate(order.path("state.fifo"), order.qemu_owner, beside=(activity.signs,))
     save = qmp.encode("xen-save-devices-state", {"filename": gate.path, "live": False}, "save")
-    pace = Pace(epoch_s=order.epoch_ms / 1000, ack_limit_s=order.ack_limit_ms / 1000, beat_s=order.beat_ms / 1000,
-                live_passes=order.live_passes, live_rest_pages=order.live_rest_pages)
+    pace = Pace(policy=Policy(order.policy), epoch_s=order.epoch_ms / 1000, ack_limit_s=order.ack_limit_ms / 1000,
+                beat_s=order.beat_ms / 1000, live_passes=order.live_passes, live_rest_pages=order.live_rest_pages)
     engine = PrimaryEngine(
         generation=order.generation, loop=EpochLoop(pace, time.monotonic()), memory=memory,
         talk=Conversation(monitor, gate, buffers, save, ended_mirror), monitor=monitor, gate=gate, buffers=buffers,
         mirror=mirror, fixed=read_only_contents(disks), shallow=shallow, log_limit=order.disk_log_mib << 20, link=link,
-        control=control, pidfd=pidfd, watchdog=Watchdog(order.hold_limit_ms / 1000),
+        note=note, activity=activity, control=control, pidfd=pidfd, watchdog=Watchdog(order.hold_limit_ms / 1000),
         stats=EpochLog(order.path("epochs.jsonl")), frame_limit=order.frame_limit_bytes)
     control.report("started")
     try:

@@ -5,9 +5,15 @@ from oslo_config import cfg
 GROUP = "engine"
 
 OPTS = [
+    cfg.StrOpt(
+        "policy", default="adaptive",
+        choices=[("adaptive", "When output waits and the guest has said all it had to say, or has talked for long."),
+                 ("event", "As soon as output waits."),
+                 ("fixed", "Every epoch_ms.")],
+        help="When a checkpoint is taken. A server may ask for another with its property ft:policy."),
     cfg.FloatOpt(
         "epoch_ms", default=20.0, min=1.0, max=1000.0,
-        help="Milliseconds from the end of one checkpoint to the start of the next. "
+        help="Of the policy 'fixed': milliseconds from the end of one checkpoint to the start of the next. "
              "A reply waits for half of it or more, plus the pause and the backup's acknowledgement."),
     cfg.FloatOpt(
         "hold_limit_ms", default=1000.0, min=100.0,

@@ -16,6 +16,8 @@ Source: Remus (Cully et al., NSDI 2008), asynchronous output commit.
 import dataclasses
 import enum
 
+from nova_ftvm.core import policy
+from nova_ftvm.core.policy import Measured, Policy
 from nova_ftvm.types import Epoch, Grant
 
 #: Seconds until an unanswered question to the arbiter is asked again.
@@ -70,7 +72,7 @@ class Act(enum.Enum):
     UNMIRROR = enum.auto()
     #: Let all output go and take the buffers away.
     UNBUFFER = enum.auto()
-    #: Pause the guest, BEFORE the buffers' own timers let go what is held.
+    #: Pause the guest, AFTER BUFFER and BEFORE the buffers' own timers let go what is held.
     FREEZE = enum.auto()
     #: Let it run again, AFTER UNBUFFER.
     THAW = enum.auto()
@@ -94,6 +96,8 @@ class Act(enum.Enum):
 class Pace:
     """The loop's settings, in seconds and pages."""
 
+    policy: Policy
+    #: For the policy `fixed`.
     epoch_s: float
     ack_limit_s: float
     beat_s: float
@@ -115,7 +119,9 @@ class EpochLoop:
         #: Why the peer is lost, or why the protection ends; for people.
         self.reason = ""
         self._passes = 0
-        self._next_checkpoint = now
+        self._seen = Measured(now)
+        #: A checkpoint is needed at once, whatever the policy says.
+        self._urgent = False
         self._ack_limit_s = pace.ack_limit_s
         self._silence_limit_s = pace.ack_limit_s
         self._shipped = now
@@ -123,6 +129,7 @@ class EpochLoop:
         self._next_beat = now
         self._heard = now
         self._freeze_at = now
+        self._buffered = False
         self._frozen = False
         self._stop_asked = False
         self._hand_over_asked = False
@@ -132,17 +139,14 @@ class EpochLoop:
 
     def tick(self, now: float) -> Acts:
         acts: list[Act] = []
-        if self.phase is Phase.RUNNING and self._guest_runs and now >= self._next_checkpoint:
+        if self.phase is Phase.RUNNING and self._guest_runs and now >= self._due():
             acts += self._checkpoint()
         elif self.phase is Phase.UNACKNOWLEDGED and now >= self._ack_deadline():
             acts += self._lose(f"no acknowledgement within {(now - self._shipped) * 1000:.0f} ms", now)
         elif self.phase is Phase.COPYING and now >= self._heard + COPY_SILENCE_S:
             acts += self._lose(f"nothing heard of the backup for {COPY_SILENCE_S:g} s", now)
         elif self.phase is Phase.HOLDING and now >= self._next_ask:
-            if now >= self._freeze_at and not self._frozen:
-                self._frozen = True
-                acts.append(Act.FREEZE)
-            acts += self._ask(now)
+            acts += (*self._freeze(now), *self._ask(now))
         if self.phase not in OVER and self.phase is not Phase.HOLDING and now >= self._next_beat:
             self._next_beat = now + self._pace.beat_s
             acts.append(Act.BEAT)
@@ -151,10 +155,29 @@ class EpochLoop:
     def next_tick(self) -> float:
         """When `tick` has something to do, unless an event comes first."""
         if self.phase is Phase.RUNNING and self._guest_runs:
-            return min(self._next_checkpoint, self._next_beat)
+            return min(self._due(), self._next_beat)
         if self.phase is Phase.UNACKNOWLEDGED:
             return min(self._ack_deadline(), self._next_beat)
         return self._next_ask if self.phase is Phase.HOLDING else self._next_beat
+
+    # What the policy goes by
+
+    def on_output(self, now: float) -> None:
+        """The guest has sent something."""
+        if self._seen.output_since is None:
+            self._seen.output_since = now
+
+    def on_processors(self, asleep: bool, now: float) -> None:
+        """Of the guest: do all of them sleep?"""
+        if not asleep:
+            self._seen.asleep_since = None
+        elif self._seen.asleep_since is None:
+            self._seen.asleep_since = now
+
+    @property
+    def watches_processors(self) -> bool:
+        """Should somebody look at them, and say so?"""
+        return self.phase is Phase.RUNNING and policy.watches(self._pace.policy, self._seen)
 
     # The checkpoint
 
@@ -170,10 +193,12 @@ class EpochLoop:
         self._passes += 1
         if pages > self._pace.live_rest_pages and self._passes < self._pace.live_passes:
             return ()
+        self._buffered = True
         return (Act.BUFFER, *self._checkpoint())
 
     def on_paused(self, paused: bool) -> None:
-        """Somebody else stopped the guest, or started it: one that stands still needs no checkpoint."""
+        """Somebody else stopped the guest, or started it: one that stands still needs no checkpoint, and is neither
+        frozen nor thawed by us."""
         self._guest_runs = not paused
 
     def on_stopped(self) -> Acts:
@@ -190,11 +215,12 @@ class EpochLoop:
         self.phase = Phase.DRAINING
         return (Act.CAPTURE, Act.OPEN_GATE)
 
-    def on_resumed(self, now: float, pages: int, disk_bytes: int) -> Acts:
-        """The device state is whole and the guest runs; the epoch has so many pages, and bytes of disk writes."""
+    def on_resumed(self, now: float, pages: int, disk_bytes: int, pause_s: float = 0.0) -> Acts:
+        """The device state is whole and the guest runs; the epoch has so many pages, and bytes of disk writes, and the
+        guest stood still for so long."""
         if self.phase is not Phase.DRAINING:
             return ()
-        self._next_checkpoint = now + self._pace.epoch_s
+        self._seen.resumed, self._seen.pause_s = now, pause_s
         if self._stop_asked:
             return self._end()
         if self.reason:
@@ -223,9 +249,9 @@ class EpochLoop:
         self.phase = Phase.RUNNING
         return (Act.RELEASE, Act.REPORT_PROTECTED) if epoch == 1 else (Act.RELEASE,)
 
-    def on_log_full(self, now: float) -> None:
+    def on_log_full(self) -> None:
         """The guest's writes wait for room in the log: the next checkpoint makes it."""
-        self._next_checkpoint = min(self._next_checkpoint, now)
+        self._urgent = True
 
     # The pair
 
@@ -282,7 +308,13 @@ class EpochLoop:
         self.phase, self.reason = Phase.ENDED, "QEMU ended"
         return (Act.SAY_GUEST_GONE,)
 
+    def _due(self) -> float:
+        return self._seen.resumed if self._urgent else policy.due(self._pace.policy, self._pace.epoch_s, self._seen)
+
     def _checkpoint(self) -> Acts:
+        # What is sent from now on, the next epoch may have to carry: its sign comes after this.
+        self._seen.output_since = self._seen.asleep_since = None
+        self._urgent = False
         self.phase = Phase.STOPPING
         self.epoch = Epoch(self.epoch + 1)
         return (Act.CHECKPOINT,)
@@ -314,6 +346,13 @@ class EpochLoop:
     def _end(self) -> Acts:
         self.phase = Phase.ENDED
         return (Act.SAY_BYE, *self._let_go())
+
+    def _freeze(self, now: float) -> Acts:
+        """Again, if somebody starts it meanwhile."""
+        if not self._buffered or not self._guest_runs or now < self._freeze_at:
+            return ()
+        self._frozen, self._guest_runs = True, False
+        return (Act.FREEZE,)
 
     def _let_go(self) -> Acts:
         return (Act.UNBUFFER, Act.THAW) if self._frozen else (Act.UNBUFFER,)

@@ -6,10 +6,13 @@ PURE. A refusal never stops a server from booting: it runs as an ordinary one, a
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from nova_ftvm.core.policy import Policy
+
 METADATA_KEY = "ft"
 STATE_KEY = "ft:state"
 REASON_KEY = "ft:reason"
 PROGRESS_KEY = "ft:progress"
+POLICY_KEY = "ft:policy"
 EXTRA_SPEC_KEY = "ftvm:enabled"
 
 ATTACHED_VOLUMES = ("volumes are not replicated: the server is protected again once its volumes are detached "
@@ -53,6 +56,8 @@ class Request:
     wanted: bool
     #: Why the wish cannot be read, in one sentence; empty when it can.
     refusal: str = ""
+    #: When checkpoints are to be taken (core.policy.Policy); empty: as the primary's host is configured.
+    policy: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,6 +74,9 @@ class Shape:
 
 def read(metadata: Mapping[str, str], extra_specs: Mapping[str, str]) -> Request:
     """Reads the wish from the server's metadata and the flavor's extra specs."""
+    policy = metadata.get(POLICY_KEY, "").strip().lower()
+    if policy and policy not in list(Policy):
+        return Request(False, f"the property {POLICY_KEY} is {policy[:40]!r}: set it to one of {', '.join(Policy)}")
     answers: dict[str, bool] = {}
     for origin, value in (("the property ft", metadata.get(METADATA_KEY)),
                           (f"the flavor's {EXTRA_SPEC_KEY}", extra_specs.get(EXTRA_SPEC_KEY))):
@@ -81,7 +89,7 @@ def read(metadata: Mapping[str, str], extra_specs: Mapping[str, str]) -> Request
     if len(set(answers.values())) > 1:
         said = " and ".join(f"{origin} says {str(word).lower()}" for origin, word in answers.items())
         return Request(False, f"{said}: make both agree, or unset the property ft")
-    return Request(any(answers.values()))
+    return Request(any(answers.values()), policy=policy)
 
 
 def obstacle(shape: Shape) -> str:

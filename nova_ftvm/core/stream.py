@@ -14,6 +14,10 @@ from collections.abc import Sequence
 from nova_ftvm.exception import ProtocolError
 from nova_ftvm.types import RamBlock
 
+#: Arguments of announce-self, for the guest that the stream made: at once, then 20 ms apart and slower, so that
+#: switches learn its new port.
+ANNOUNCE = {"initial": 10, "max": 100, "rounds": 10, "step": 20}
+
 _MAGIC_AND_VERSION = struct.pack(">4sI", b"QEVM", 3)
 _SECTION_START, _SECTION_END, _CONFIGURATION, _FOOTER = 1, 3, 7, 0x7E
 _RAM_SECTION = 2

@@ -1,7 +1,7 @@
 """What the store hands out. Times are wall-clock seconds (managers on several machines share the tables)."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from nova_ftvm.types import Generation, InstanceId, PairId, PairState
@@ -48,8 +48,6 @@ class Pair:
     retry_at: float = 0.0
     #: By host. Which of them still count, failover.refusals says.
     refused: Mapping[str, Refusal] = dataclasses.field(default_factory=dict)
-    #: Those that were bound to backup_host: when the backup goes one may not be the server's any more.
-    ports: Sequence[str] = ()
     #: When the state last changed.
     moved_at: float = 0.0
     created_at: float = 0.0

@@ -36,7 +36,6 @@ class PairRow(Base):
     attempts: Mapped[int]
     retry_at: Mapped[float]
     refused: Mapped[dict[str, Any] | None]
-    ports: Mapped[list[Any] | None]
     moved_at: Mapped[float]
     created_at: Mapped[float]
     updated_at: Mapped[float]

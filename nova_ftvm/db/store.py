@@ -7,7 +7,7 @@ What it promises is the compare-and-set: `change` writes all of its columns, or 
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypedDict, TypeVar, Unpack
 
 import sqlalchemy as sa
@@ -65,7 +65,6 @@ class PairChanges(TypedDict, total=False):
     attempts: int
     retry_at: float
     refused: Mapping[str, Refusal]
-    ports: Sequence[str]
 
 
 class Store:
@@ -82,6 +81,11 @@ class Store:
 
     def pairs_in(self, *states: PairState) -> list[Pair]:
         return self._select(PairRow.state.in_([state.value for state in states]))
+
+    def unsettled(self, ids: Iterable[str], host: str) -> list[Pair]:
+        """Of these pairs, those that are SYNCING, and those whose voice another host has."""
+        return self._select(PairRow.id.in_(list(ids)),
+                            sa.or_(PairRow.state == PairState.SYNCING.value, PairRow.active_host != host))
 
     def pair(self, pair_id: PairId) -> Pair:
         for pair in self._select(PairRow.id == pair_id):
@@ -208,8 +212,6 @@ def _columns(fields: dict[str, Any]) -> dict[str, Any]:
         written["timeline"] = dict(written["timeline"])
     if "refused" in written:
         written["refused"] = {host: dataclasses.asdict(refusal) for host, refusal in written["refused"].items()}
-    if "ports" in written:
-        written["ports"] = list(written["ports"])
     return written
 
 
@@ -217,7 +219,7 @@ def _pair(row: Any) -> Pair:
     fields = {name: row[name] for name in _PAIR_FIELDS}
     refused = {host: Refusal(**said) for host, said in (fields["refused"] or {}).items()}
     return Pair(**{**fields, "state": PairState(fields["state"]), "timeline": dict(fields["timeline"] or {}),
-                   "refused": refused, "ports": tuple(fields["ports"] or ())})
+                   "refused": refused})
 
 
 def _host(row: Any) -> Host:

@@ -24,6 +24,8 @@ Report = dict[str, Any]
 
 #: Seconds between two tries to reach the manager with something that must not be forgotten.
 _RETRY_S = 0.5
+#: How often a guest that has its checkpoint is tried to be resumed.
+_RESUME_TRIES = 10
 #: How long a planned end may take before the engine is killed.
 _STOP_LIMIT_S = 5.0
 _LISTEN_LIMIT_S = 15.0
@@ -61,6 +63,8 @@ class Guests(Protocol):
 
     def is_standby(self, instance_id: str) -> bool: ...
 
+    def finish_promotion(self, instance_id: str) -> bool: ...
+
     def let_go(self, instance_id: str) -> None: ...
 
 
@@ -72,6 +76,8 @@ class _Watched:
         self.state = "starting"
         self.port = 0
         self.listening = threading.Event()
+        #: It asked for the pair: what runs here since was granted.
+        self.asked = False
         self.promoted = False
         self.protected = False
         #: It said how it ended, so its going is no surprise.
@@ -99,7 +105,7 @@ class Agent:
     def __init__(self, host: str, data_address: str, missing: list[str], manager: ManagerClient, guests: Guests,
                  start_engine: Callable[[dict[str, Any]], Engine],
                  sleep: Callable[[float], None] = time.sleep) -> None:
-        """`start_engine` takes role, pair_id, generation, instance_id, token, address, port."""
+        """`start_engine` takes role, pair_id, generation, instance_id, token, address, port, policy."""
         self._host = host
         self._data_address = data_address
         self._missing = missing
@@ -144,8 +150,8 @@ class Agent:
         return {"address": self._data_address, "port": watched.port}
 
     def start_primary(self, pair_id: str, generation: int, instance_id: str, address: str, port: int,
-                      token: str) -> dict[str, Any]:
-        self._start(Role.PRIMARY, pair_id, generation, instance_id, token, address, port)
+                      token: str, policy: str = "") -> dict[str, Any]:
+        self._start(Role.PRIMARY, pair_id, generation, instance_id, token, address, port, policy)
         return {}
 
     def stop_engine(self, pair_id: str, generation: int, reason: str) -> dict[str, Any]:
@@ -192,11 +198,13 @@ class Agent:
     # Its own life
 
     def adopt_engines(self, engines: list[Engine]) -> None:
-        """Takes engines over that outlived the last agent; their last report comes again."""
+        """Takes engines over that outlived the last agent; their last report comes again. So does that of an engine
+        that did not, and left its guest held: it is gone."""
         for engine in engines:
             self._note(engine)
         for engine in engines:
-            LOG.info("found the %s engine of pair %s again", engine.role, engine.pair_id)
+            LOG.info("found the %s engine of pair %s, generation %d, again", engine.role, engine.pair_id,
+                     engine.generation)
             # What it told the last agent is unknown, so its guest's output is never let go without a grant.
             self._watch(engine, protected=True)
 
@@ -225,7 +233,7 @@ class Agent:
             self._stop(watched, "the generation is over")
 
     def _start(self, role: Role, pair_id: str, generation: int, instance_id: str, token: str, address: str,
-               port: int) -> _Watched:
+               port: int, policy: str = "") -> _Watched:
         with self._turns.of(pair_id):
             old = self._engines.get((pair_id, role.value))
             if old is not None:
@@ -238,7 +246,7 @@ class Agent:
                      instance_id)
             return self._watch(self._start_engine({
                 "role": role.value, "pair_id": pair_id, "generation": generation, "instance_id": instance_id,
-                "token": token, "address": address, "port": port}))
+                "token": token, "address": address, "port": port, "policy": policy}))
 
     def _watch(self, engine: Engine, protected: bool = False) -> _Watched:
         watched = _Watched(engine)
@@ -305,6 +313,7 @@ class Agent:
         self._ask(watched, lambda: self._manager.request_degrade(*self._voice(watched), report["reason"]))
 
     def _on_ask_promotion(self, watched: _Watched, report: Report) -> None:
+        watched.asked = True
         self._ask(watched, lambda: self._manager.request_promotion(*self._voice(watched), report["evidence"]))
 
     def _on_promoted(self, watched: _Watched, report: Report) -> None:
@@ -312,9 +321,7 @@ class Agent:
         LOG.info("pair %s: the guest runs here", watched.engine.pair_id)
         grant = self._insist(lambda: self._manager.report_promoted(*self._voice(watched), report["timeline"]))
         watched.engine.order("seen")
-        if not grant.granted and _is_answer(grant):
-            # It stood still for long, and the server was given up or elsewhere meanwhile.
-            self._destroy(watched, grant.reason)
+        self._keep_promoted(watched, grant)
 
     def _on_fenced(self, watched: _Watched, report: Report) -> None:
         watched.protected = watched.ended = True
@@ -336,6 +343,7 @@ class Agent:
     def _on_failed(self, watched: _Watched, report: Report) -> None:
         """The engine could not go on. What that means is settled when it is gone."""
         watched.failure, watched.lasting = report["reason"], report.get("lasting", False)
+        watched.asked = watched.asked or report.get("granted", False)
         LOG.error("pair %s: the %s engine failed: %s", watched.engine.pair_id, watched.engine.role, watched.failure)
         watched.engine.order("seen")
 
@@ -358,10 +366,32 @@ class Agent:
             self._let_go(watched)
 
     def _lose_backup(self, watched: _Watched, reason: str) -> None:
-        """The primary notices by itself. A standby that was granted the pair, and failed, must be told of."""
+        """The primary notices by itself. What became of a standby that may have been granted the pair must be told:
+        its guest may run, as an engine can end between that and its report."""
         if watched.state in ("ask_promotion", "failed"):
-            self._insist(lambda: self._manager.report_promoted(*self._voice(watched), {}, reason))
+            watched.promoted = watched.asked and self._is_promoted(watched)
+            grant = self._insist(lambda: self._manager.report_promoted(
+                *self._voice(watched), {}, "" if watched.promoted else reason))
+            if watched.promoted:
+                self._keep_promoted(watched, grant)
+                return
         self._drop_standby(watched.engine.instance_id)
+
+    def _keep_promoted(self, watched: _Watched, grant: Grant) -> None:
+        if not grant.granted and _is_answer(grant):
+            # It stood still for long, and the server was given up or elsewhere meanwhile.
+            self._destroy(watched, grant.reason)
+
+    def _is_promoted(self, watched: _Watched) -> bool:
+        for _ in range(_RESUME_TRIES):
+            try:
+                return self._guests.finish_promotion(watched.engine.instance_id)
+            except FtvmError as error:
+                LOG.warning("pair %s: the guest is not resumed yet: %s", watched.engine.pair_id, error)
+                self._sleep(_RETRY_S)
+        # It has never run, and would be in the way of the one that Nova boots from its disks.
+        self._destroy(watched, "the guest could not be resumed")
+        return False
 
     def _go_on_alone(self, watched: _Watched, reason: str) -> None:
         """The guest's output is held by QEMU, and nobody is left to release it: ask in the engine's place."""

@@ -77,7 +77,7 @@ class BackupEngine:
         finally:
             self._disks.close()
         if self._failure:
-            self._control.report("failed", reason=self._failure)
+            self._control.report("failed", reason=self._failure, granted=self._lease.watch is Watch.PROMOTING)
         LOG.info("the backup's part ended: %s", "promoted" if self._promoted else self._failure or "given up")
         return self._promoted
 
@@ -204,6 +204,7 @@ class BackupEngine:
         if verdict is Verdict.ASK:
             self._timeline.setdefault("detected_at", self._wall_clock())
             self._control.report("ask_promotion", evidence=self._lease.evidence)
+            trip(Fault.ASKED)
         elif verdict is Verdict.PROMOTE:
             self._promote()
 

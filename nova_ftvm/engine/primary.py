@@ -21,8 +21,8 @@ from nova_ftvm.engine.diskstream import DiskStream
 from nova_ftvm.engine.faults import Fault, trip
 from nova_ftvm.engine.firstcopy import FirstCopy
 from nova_ftvm.engine.link import Link, PeerLost
-from nova_ftvm.engine.stats import EpochLog
-from nova_ftvm.exception import GuestGone, MirrorLost, ProtocolError, QemuError
+from nova_ftvm.engine.stats import EpochLog, Stage
+from nova_ftvm.exception import FtvmError, GuestGone, MirrorLost, ProtocolError, QemuError
 from nova_ftvm.types import Buffer, Generation, Grant
 
 LOG = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ _PROGRESS_S = 1.0
 _COPY_SLACK_S = 10.0
 #: How long after its sockets a process that ends is gone.
 _LAST_BREATH_S = 0.2
+#: How often the guest's processors are looked at while its output is gathered.
+_LOOK_S = 150e-6
 #: A checkpoint that QEMU does not end within this is the end of the protection; the gate's keeper sees to the guest.
 _CHECKPOINT_LIMIT_S = 30.0
 
@@ -42,9 +44,9 @@ class PrimaryEngine:
 
     def __init__(self, *, generation: Generation, loop: EpochLoop, memory: ports.Memory, talk: Conversation,
                  monitor: ports.Monitor, gate: ports.Gate, buffers: ports.NetBuffer, mirror: ports.Mirror,
-                 fixed: Iterator[DiskWrite], shallow: Collection[int], log_limit: int, link: Link,
-                 control: ports.Control, pidfd: int, watchdog: ports.Watchdog, stats: EpochLog, frame_limit: int,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+                 fixed: Iterator[DiskWrite], shallow: Collection[int], log_limit: int, link: Link, note: ports.Note,
+                 activity: ports.Activity, control: ports.Control, pidfd: int, watchdog: ports.Watchdog,
+                 stats: EpochLog, frame_limit: int, clock: Callable[[], float] = time.monotonic) -> None:
         """fixed: contents of the disks that nobody writes to. shallow: the disks whose replica lies on the same base.
         log_limit: bytes of disk writes that may be on their way."""
         self._generation = generation
@@ -56,6 +58,8 @@ class PrimaryEngine:
         self._buffers = buffers
         self._link = link
         self._linked = True
+        self._note = note
+        self._activity = activity
         self._control = control
         self._pidfd = pidfd
         self._watchdog = watchdog
@@ -69,13 +73,15 @@ class PrimaryEngine:
         self._copy = FirstCopy(memory, mirror, self._disks, fixed, lambda: monitor.command("transaction", actions=[]),
                                generation, frame_limit, self._send, clock)
         self._next_progress = self._checkpoint_deadline = clock()
-        self._selector = selectors.DefaultSelector()
+        # select() and not epoll: it waits for less than a millisecond.
+        self._selector = selectors.SelectSelector()
         self._selector.register(monitor, selectors.EVENT_READ, self._on_monitor)
         self._selector.register(control, selectors.EVENT_READ, self._on_control)
         self._selector.register(link, selectors.EVENT_READ, self._on_link)
+        self._selector.register(activity, selectors.EVENT_READ, self._on_output)
         self._selector.register(pidfd, selectors.EVENT_READ, self._on_guest_gone)
         self._does: dict[Act, Callable[[], None]] = {
-            Act.BUFFER: buffers.install,
+            Act.BUFFER: self._buffer,
             Act.CHECKPOINT: self._checkpoint,
             Act.LOOK: memory.look,
             Act.CAPTURE: self._capture,
@@ -84,13 +90,13 @@ class PrimaryEngine:
             Act.RELEASE: self._release,
             Act.UNMIRROR: self._unmirror,
             Act.UNBUFFER: buffers.remove,
-            Act.FREEZE: lambda: self._monitor.command("stop"),
+            Act.FREEZE: self._freeze,
             Act.THAW: lambda: self._monitor.command("cont"),
             Act.ASK: lambda: self._control.report("ask_degrade", reason=self._loop.reason),
             Act.REPORT_PROTECTED: lambda: self._control.report("protected"),
             Act.SAY_BYE: lambda: self._say(wire.Kind.BYE),
             Act.SAY_GUEST_GONE: lambda: self._say(wire.Kind.GUEST_GONE),
-            Act.SAY_HAND_OVER: lambda: self._say(wire.Kind.HAND_OVER),
+            Act.SAY_HAND_OVER: self._hand_over,
             Act.FENCE: self._fence,
             Act.BEAT: lambda: self._say(wire.Kind.BEAT),
         }
@@ -108,6 +114,7 @@ class PrimaryEngine:
             self._unmirror()
             self._watchdog.disarm()
             self._stats.close()
+        self._note.remove()
         LOG.info("protection ended, %s: %s", self._loop.phase.value, self._loop.reason)
         return self._loop.phase
 
@@ -118,6 +125,8 @@ class PrimaryEngine:
             self._guard(patience)
             for key, _ in self._selector.select(patience):
                 key.data()
+            if self._loop.watches_processors:
+                self._loop.on_processors(self._activity.asleep(), self._clock())
             self._do(self._loop.tick(self._clock()))
             if self._copies():
                 self._copy_some()
@@ -131,7 +140,8 @@ class PrimaryEngine:
 
     def _patience(self) -> float:
         due = min(self._loop.next_tick(), self._copy.due) if self._copies() else self._loop.next_tick()
-        return max(0.0, due - self._clock())
+        patience = max(0.0, due - self._clock())
+        return min(patience, _LOOK_S) if self._loop.watches_processors else patience
 
     def _guard(self, patience: float) -> None:
         """A loop that hangs holds the guest up: in a checkpoint, and with its disk writes at any time.
@@ -157,13 +167,14 @@ class PrimaryEngine:
     def _on_monitor(self) -> None:
         for event in self._talk.events():
             if event is GuestEvent.STOPPED:
-                self._stats.stopped()
+                self._stats.mark(Stage.STOP)
                 self._do(self._loop.on_stopped())
                 self._selector.register(self._gate, selectors.EVENT_READ, self._on_gate)
             elif event is GuestEvent.RESUMED:
                 self._finish_checkpoint()
                 checkpoint = self._talk.current
-                self._do(self._loop.on_resumed(self._clock(), checkpoint.page_count, checkpoint.cut.bytes))
+                self._do(self._loop.on_resumed(self._clock(), checkpoint.page_count, checkpoint.cut.bytes,
+                                               checkpoint.pause_ms / 1000))
             elif event is GuestEvent.SAVE_FAILED:
                 self._finish_checkpoint()
                 self._do(self._loop.on_checkpoint_failed(self._talk.current.failure, self._clock()))
@@ -176,6 +187,8 @@ class PrimaryEngine:
                 self._loop.on_paused(event is GuestEvent.PAUSED)
 
     def _on_gate(self) -> None:
+        if self._loop.phase is Phase.STOPPED:
+            self._stats.mark(Stage.REST)
         self._do(self._loop.on_state_begins())
         self._talk.read_state()
 
@@ -185,12 +198,21 @@ class PrimaryEngine:
             self._loop.on_heard(self._clock())
             if frame.kind is wire.Kind.ACK:
                 self._disks.acknowledged(frame.epoch)
-                self._do(self._loop.on_ack(frame.epoch))
+                self._commit(self._loop.on_ack(frame.epoch))
             elif frame.kind is wire.Kind.BYE:
                 raise PeerLost("the backup's agent ended")
             elif frame.kind is not wire.Kind.BEAT:
                 raise ProtocolError(f"{frame.kind.name} from a backup")
         self._watch_link()
+
+    def _on_output(self) -> None:
+        if self._activity.hear():
+            self._loop.on_output(self._clock())
+
+    def _commit(self, acts: Acts) -> None:
+        self._do(acts)
+        if acts:
+            self._stats.committed()
 
     def _on_disks(self) -> None:
         if not self._disks.may_read(self._loop.phase, self._link.queued):
@@ -221,8 +243,26 @@ class PrimaryEngine:
 
     # Acts
 
+    def _buffer(self) -> None:
+        self._note.leave()
+        self._buffers.install()
+
+    def _freeze(self) -> None:
+        try:
+            self._note.leave(frozen=True)
+        except FtvmError as error:
+            # Better frozen until somebody looks than heard without a grant.
+            LOG.error("if this engine dies, nobody will know that it has paused the guest: %s", error)
+        self._monitor.command("stop")
+
+    def _hand_over(self) -> None:
+        self._say(wire.Kind.HAND_OVER)
+        trip(Fault.HANDED_OVER)
+
     def _checkpoint(self) -> None:
         self._memory.begin_capture()
+        # What it has sent is covered. A sign of what it sends from now on is for the next epoch.
+        self._activity.hear()
         self._stats.began()
         trip(Fault.BEFORE_BATCH)
         self._checkpoint_deadline = self._clock() + _CHECKPOINT_LIMIT_S
@@ -238,6 +278,7 @@ class PrimaryEngine:
             # A guest that wrote very much keeps both sides waiting, and neither may take that for a death.
             self._watchdog.arm()
             self._do(self._loop.tick(self._clock()))
+        self._stats.mark(Stage.CAPTURE)
         trip(Fault.CAPTURED)
 
     def _open_gate(self) -> None:
@@ -248,16 +289,17 @@ class PrimaryEngine:
         self._watchdog.disarm()
         if self._gate in self._selector.get_map():
             self._selector.unregister(self._gate)
-        self._stats.ended(self._talk.current)
+        self._stats.mark(Stage.RESUME)
 
     def _ship(self) -> None:
         epoch, checkpoint = self._loop.epoch, self._talk.current
         trip(Fault.BEFORE_SHIP)
-        frames = checkpoint.cut.frames
+        frames, wire_bytes = checkpoint.cut.frames, 0
         for pages in checkpoint.pages:
             for buffers in wire.encode_pages(wire.Kind.PAGES, self._generation, epoch, pages, self._limit):
                 self._send(buffers)
                 frames += 1
+                wire_bytes += sum(map(len, buffers))
         trip(Fault.SHIPPED_HALF)
         room = self._limit - wire.HEADER_BYTES
         state = memoryview(checkpoint.state)
@@ -266,6 +308,7 @@ class PrimaryEngine:
             frames += 1
         self._send(wire.encode_commit(self._generation, epoch, frames, checkpoint.page_count,
                                       checkpoint.cut.writes))
+        self._stats.shipped(checkpoint, wire_bytes + len(state))
         trip(Fault.SHIPPED)
 
     def _fence(self) -> None:
@@ -308,7 +351,7 @@ class PrimaryEngine:
         elif watched and not wanted:
             self._selector.unregister(self._disks)
         if not self._disks.has_room(self._link.queued):
-            self._loop.on_log_full(self._clock())
+            self._loop.on_log_full()
 
     def _lose_mirror(self, why: str) -> None:
         """The backup lives, but no epoch after this can be whole.

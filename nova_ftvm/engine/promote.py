@@ -10,13 +10,12 @@ import time
 from collections.abc import Callable
 
 from nova_ftvm import ports
+from nova_ftvm.core.stream import ANNOUNCE
 from nova_ftvm.engine.faults import Fault, trip
 from nova_ftvm.exception import FtvmError
 
 LOAD_TIMEOUT_S = 10.0
 _POLL_S = 0.001
-#: Gratuitous announcements: at once, then 20 ms apart and slower, so that switches learn the guest's new port.
-_ANNOUNCE = {"initial": 10, "max": 100, "rounds": 10, "step": 20}
 
 
 class PromotionFailed(FtvmError):
@@ -41,7 +40,7 @@ def promote(monitor: ports.Monitor, domain: ports.Domain, stream: bytes, socket_
         time.sleep(_POLL_S)
     trip(Fault.LOADED)
     domain.resume()
-    monitor.command("announce-self", **_ANNOUNCE)
+    monitor.command("announce-self", **ANNOUNCE)
 
 
 def _send(stream: bytes, socket_path: str) -> None:

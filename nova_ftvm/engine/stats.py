@@ -1,20 +1,41 @@
 """Checkpoint statistics for people and benchmarks: one JSON line a second, beside the guest's monitor.
 
 {"at": wall-clock s, "count": checkpoints so far,
- "pause_ms": [...], "pages": [...], "epoch_ms": [...], "state_bytes": [...], "stop_ms": [...], "disk_bytes": [...]}
-with one entry a checkpoint of that second. epoch_ms: from one checkpoint's start to the next one's;
-stop_ms: from the batch of commands to the guest's stop, in which the guest runs.
+ "pause_ms": [...], "pages": [...], "epoch_ms": [...], "state_bytes": [...], "disk_bytes": [...], "wire_bytes": [...],
+ "stop_ms": [...], "rest_ms": [...], "capture_ms": [...], "resume_ms": [...], "ship_ms": [...], "ack_ms": [...]}
+
+with one entry a committed checkpoint. epoch_ms: from one checkpoint's start to the next one's. pause_ms: by QEMU's own
+clock. The last six follow one another, see Stage.
 """
 
+import enum
 import json
 import time
 from collections.abc import Callable
+from typing import Any
 
 from nova_ftvm.engine.capture import Checkpoint
 
 PERIOD_S = 1.0
 #: The file is started anew at this size, so that it never fills a disk.
 _MOST_BYTES = 4 << 20
+
+
+class Stage(enum.StrEnum):
+    """What ends at a mark; each begins where the one before it ended, the first with the batch of commands."""
+
+    #: The guest's processors stand.
+    STOP = "stop"
+    #: Its disks have come to rest.
+    REST = "rest"
+    #: Its pages are copied.
+    CAPTURE = "capture"
+    #: The device state is read, and the guest runs.
+    RESUME = "resume"
+    #: The epoch is handed to the kernel, for the link.
+    SHIP = "ship"
+    #: The backup has all of it.
+    ACK = "ack"
 
 
 class EpochLog:
@@ -24,38 +45,44 @@ class EpochLog:
         self._file = open(path, "w", encoding="ascii")  # noqa: SIM115 - lives as long as the engine
         self._clock = clock
         self._count = 0
-        self._last_start: float | None = None
+        self._began: float | None = None
+        self._last = clock()
         self._next_write = clock() + PERIOD_S
-        self._rows: list[tuple[float, int, float, int, float, int]] = []
-        self._epoch_ms = self._stop_ms = 0.0
+        self._row: dict[str, float] = {}
+        self._rows: list[dict[str, float]] = []
 
     def began(self) -> None:
         now = self._clock()
-        self._epoch_ms = (now - self._last_start) * 1000 if self._last_start is not None else 0.0
-        self._last_start = now
+        self._row = {"epoch_ms": _ms(now - self._began) if self._began is not None else 0.0}
+        self._began = self._last = now
 
-    def stopped(self) -> None:
-        assert self._last_start is not None
-        self._stop_ms = (self._clock() - self._last_start) * 1000
+    def mark(self, stage: Stage) -> None:
+        now = self._clock()
+        self._row[f"{stage}_ms"] = _ms(now - self._last)
+        self._last = now
 
-    def ended(self, checkpoint: Checkpoint) -> None:
+    def shipped(self, checkpoint: Checkpoint, wire_bytes: int) -> None:
+        """wire_bytes: what RAM and devices took on the link."""
+        self.mark(Stage.SHIP)
+        self._row |= {"pause_ms": round(checkpoint.pause_ms, 3), "pages": checkpoint.page_count,
+                      "state_bytes": len(checkpoint.state), "disk_bytes": checkpoint.cut.bytes,
+                      "wire_bytes": wire_bytes}
+
+    def committed(self) -> None:
+        self.mark(Stage.ACK)
         self._count += 1
-        self._rows.append((checkpoint.pause_ms, checkpoint.page_count, self._epoch_ms, len(checkpoint.state),
-                           self._stop_ms, checkpoint.cut.bytes))
-        if self._clock() >= self._next_write:
+        self._rows.append(self._row)
+        if self._last >= self._next_write:
             self.write()
 
     def write(self) -> None:
         if not self._rows:
             return
-        pause, pages, epoch, state, stop, disk = zip(*self._rows, strict=True)
         if self._file.tell() > _MOST_BYTES:
             self._file.seek(0)
             self._file.truncate()
-        self._file.write(json.dumps({
-            "at": round(time.time(), 3), "count": self._count, "pause_ms": [round(x, 3) for x in pause],
-            "pages": pages, "epoch_ms": [round(x, 3) for x in epoch], "state_bytes": state,
-            "stop_ms": [round(x, 3) for x in stop], "disk_bytes": disk}) + "\n")
+        columns: dict[str, Any] = {name: [row.get(name, 0.0) for row in self._rows] for name in self._rows[-1]}
+        self._file.write(json.dumps({"at": round(time.time(), 3), "count": self._count, **columns}) + "\n")
         self._file.flush()
         self._rows.clear()
         self._next_write = self._clock() + PERIOD_S
@@ -63,3 +90,7 @@ class EpochLog:
     def close(self) -> None:
         self.write()
         self._file.close()
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)

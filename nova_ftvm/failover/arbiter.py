@@ -20,6 +20,7 @@ from nova_ftvm.core.pair import PairEvent
 from nova_ftvm.db.records import Pair, Refusal
 from nova_ftvm.db.store import PairChanges, Store
 from nova_ftvm.exception import LostRace, PairNotFound
+from nova_ftvm.failover.loops import Precedence
 from nova_ftvm.failover.settings import Clock, Settings
 from nova_ftvm.types import Generation, Grant, InstanceId, PairId, PairState
 
@@ -129,6 +130,8 @@ class Arbiter:
         self._clock = clock
         self._settings = settings
         self._announce = announce
+        #: Entered while a guest waits for an answer: many may at once, when hosts die.
+        self.precedence = Precedence()
 
     # -- the two sides' requests
 
@@ -137,12 +140,14 @@ class Arbiter:
             return {"active_host": host, "active_since": Generation(pair.generation + 1), "step": CATCH_UP[0],
                     "timeline": {"granted_at": self._clock.now()}, "attempts": 0, "retry_at": 0.0,
                     "reason": f"failing over from {pair.primary_host} to {host}: {evidence}"}
-        return self._ask(pair_id, lambda pair: judge_promotion(pair, generation, host), voice, evidence, _STALE_S)
+        with self.precedence:
+            return self._ask(pair_id, lambda pair: judge_promotion(pair, generation, host), voice, evidence, _STALE_S)
 
     def request_degrade(self, pair_id: PairId, generation: int, host: str, reason: str) -> Grant:
         def alone(pair: Pair) -> PairChanges:
             return {"step": CLEANUP, "reason": f"no backup: {reason}", **self._put_off(pair, reason)}
-        return self._ask(pair_id, lambda pair: judge_degrade(pair, generation, host), alone, reason, _STALE_S)
+        with self.precedence:
+            return self._ask(pair_id, lambda pair: judge_degrade(pair, generation, host), alone, reason, _STALE_S)
 
     # -- reports
 
@@ -188,7 +193,7 @@ class Arbiter:
             return pair
         event = PairEvent.ENABLE if pair.state is PairState.DISABLED else PairEvent.REPAIR
         fresh: PairChanges = {"primary_host": host, "token": secrets.token_hex(32), "progress": 0.0, "reason": "",
-                              "step": NOTHING, "backup_id": None, "backup_host": None, "ports": ()}
+                              "step": NOTHING, "backup_id": None, "backup_host": None}
         if host != pair.active_host:
             fresh |= {"active_host": host, "active_since": Generation(pair.generation + 1)}
         return self.apply(pair, event, "protection is asked for", **fresh)

@@ -98,7 +98,7 @@ class CatchUp:
         now = self._clock.now()
         how = "" if resumed(pair) else ", started anew there from its disks"
         done = self._store.change(
-            pair, step=NOTHING, attempts=0, primary_host=pair.active_host, backup_id=None, backup_host=None, ports=(),
+            pair, step=NOTHING, attempts=0, primary_host=pair.active_host, backup_id=None, backup_host=None,
             timeline={**pair.timeline, "nova_done_at": now}, retry_at=now + self._settings.settle_s,
             reason=f"failed over from {pair.primary_host} to {pair.active_host}{how}; no backup yet")
         LOG.info("Pair %s generation %d: Nova has followed the guest of server %s to %s", pair.id, pair.generation,

@@ -65,13 +65,16 @@ class Hosts:
         before = self._store.host(name)
         same = before is not None and before.alive(now, self._settings.agent_down_s) and _word(before) == _word(said)
         self._store.report(dataclasses.replace(said, since=before.since if before is not None and same else now))
-        if not engines:
+        # Only a primary can be over, or tell of a first copy; and of most there is nothing to say.
+        primaries = [engine for engine in engines if engine.role == Role.PRIMARY]
+        if not primaries:
             return []
-        pairs: dict[str, Pair] = {pair.id: pair for pair in self._store.pairs([engine.pair_id for engine in engines])}
-        for engine in engines:
+        unsettled = self._store.unsettled([engine.pair_id for engine in primaries], name)
+        pairs: dict[str, Pair] = {pair.id: pair for pair in unsettled}
+        for engine in primaries:
             if engine.pair_id in pairs and _is_first_copy(pairs[engine.pair_id], name, engine):
                 self._progress(pairs[engine.pair_id], engine.state)
-        stale = [engine.pair_id for engine in engines
+        stale = [engine.pair_id for engine in primaries
                  if (pair := pairs.get(engine.pair_id)) is not None and is_over(pair, name, engine)]
         for pair_id in stale:
             LOG.warning("Pair %s generation %d: the old primary on %s is over and is fenced", pair_id,

@@ -44,6 +44,28 @@ class Loop:
                 self._stopping.wait(_BACK_OFF_S)
 
 
+class Precedence:
+    """Urgent work goes first: entered by whoever does some, waited for by whoever can wait."""
+
+    def __init__(self) -> None:
+        self._urgent = 0
+        self._changed = threading.Condition()
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._urgent += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._urgent -= 1
+            self._changed.notify_all()
+
+    def give_way(self, limit_s: float) -> None:
+        """Returns when nothing is urgent, and after limit_s at the latest."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._urgent, limit_s)
+
+
 class Queue(Generic[Key]):
     """Keys and when they are due. A key is with one taker at a time; asked for meanwhile, it comes again afterwards."""
 
@@ -79,6 +101,15 @@ class Queue(Generic[Key]):
                 if left <= 0:
                     return None
                 self._changed.wait(min(left, next_due_s))
+
+    def take_all(self, wait_s: float) -> list[Key]:
+        """All due keys, after waiting for the first one as take does. Whoever takes them calls done() for each."""
+        keys = []
+        key = self.take(wait_s)
+        while key is not None:
+            keys.append(key)
+            key = self.take(0.0)
+        return keys
 
     def done(self, key: Key) -> None:
         with self._changed:

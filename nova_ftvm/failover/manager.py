@@ -6,6 +6,7 @@ the row's claim keeps two managers from doing it side by side.
 """
 
 import dataclasses
+import threading
 from typing import Any
 
 from oslo_log import log
@@ -32,6 +33,8 @@ LOG = log.getLogger(__name__)
 _CLAIM_SLACK_S = 30.0
 #: From so many failures in a row on, the server's ft:reason says what is wrong with its catch-up.
 _TELL_AFTER = 3
+#: The answer to disarm() waits for Neutron no longer than this after the engine's end.
+_UNBIND_S = 1.0
 #: After somebody else's move came in between.
 _LOOK_AGAIN_S = 0.1
 
@@ -96,10 +99,20 @@ class Manager:
         except PairNotFound:
             return {"disarmed": True}
         if moved.state is PairState.DISABLED and moved.step == CLEANUP:
-            # The caller goes on to stop or destroy the domain: the primary's engine must not be at it then.
+            # The caller goes on to stop or destroy the domain, and to give away its ports: the primary's engine must
+            # not be at it then, and nothing of the backup at them.
+            unbinding = threading.Thread(target=self._unbind, args=(moved,), name=f"unbind-{moved.id}", daemon=True)
+            unbinding.start()
             self._pairing.stop_engine(moved, moved.active_host)
+            unbinding.join(_UNBIND_S)
             self._queue.put(moved.id)
         return {"disarmed": True}
+
+    def _unbind(self, pair: Pair) -> None:
+        try:
+            self._pairing.remove_bindings(pair)
+        except (CloudRefused, CloudUnavailable) as error:
+            LOG.warning("Pair %s: bindings on %s are left to the cleanup: %s", pair.id, pair.backup_host, error)
 
     def switchover(self, instance_id: str, host: str) -> dict[str, Any]:
         pair = self._store.pair_of(InstanceId(instance_id))

@@ -8,6 +8,7 @@ from collections.abc import Container, Mapping, Sequence
 
 from oslo_log import log
 
+from nova_ftvm.core import request
 from nova_ftvm.db.records import Host, Pair
 from nova_ftvm.db.store import Store
 from nova_ftvm.exception import FtvmError, LostRace
@@ -132,7 +133,7 @@ class Pairing:
             domain = self._agents.describe_domain(pair.primary_host, pair.instance_id)
         except AgentFailed as error:
             raise NotPlanned(f"the agent of {pair.primary_host} does not describe the guest: {said(error)}") from error
-        pair = self._store.change(pair, backup_host=host, ports=[port.id for port, _ in bindings])
+        pair = self._store.change(pair, backup_host=host)
         return StandbyPlan(
             pair_id=pair.id, instance_id=pair.instance_id, generation=pair.generation,
             primary_host=pair.primary_host, domain_xml=domain["domain_xml"], disks=domain.get("disks", {}),
@@ -162,7 +163,7 @@ class Pairing:
             listening = self._agents.start_backup(asked, pair.id, pair.generation, pair.instance_id, pair.token)
             asked = pair.primary_host
             self._agents.start_primary(asked, pair.id, pair.generation, pair.instance_id, listening["address"],
-                                       listening["port"], pair.token)
+                                       listening["port"], pair.token, self._policy(pair))
         except AgentFailed as error:
             raise PlaceLost(f"the engine on {asked} did not start: {said(error)}",
                             asked if lasting(error) else "") from error
@@ -171,6 +172,10 @@ class Pairing:
         except LostRace:
             # The first copy was faster than the agent's answer.
             return self._store.pair(pair.id)
+
+    def _policy(self, pair: Pair) -> str:
+        server = self._cloud.server(pair.instance_id)
+        return "" if server is None else request.read(server.metadata, server.extra_specs).policy
 
     # -- removing
 
@@ -189,7 +194,7 @@ class Pairing:
             self._cloud.delete_server(backup.id)
         self.remove_bindings(pair)
         self._await_deletion(pair, self._on_living_hosts(backups))
-        return self._store.change(pair, step=NOTHING, backup_id=None, backup_host=None, ports=())
+        return self._store.change(pair, step=NOTHING, backup_id=None, backup_host=None)
 
     def _await_deletion(self, pair: Pair, backups: Sequence[Server]) -> None:
         """A new backup finds its place more easily when the old one is gone. It may find one all the same."""
@@ -218,11 +223,12 @@ class Pairing:
                         pair.generation, host, said(error))
 
     def remove_bindings(self, pair: Pair) -> None:
-        """Those on the backup's host that are not active; also of a port that was the server's, and is its owner's."""
+        """Those on the backup's host that are not active. Only as long as the ports are the server's: of others Neutron
+        neither tells the bindings nor changes them."""
         server = self._cloud.server(pair.instance_id)
-        if pair.backup_host is None or (server is not None and server.host == pair.backup_host):
+        if pair.backup_host is None or server is None or server.host == pair.backup_host:
             return
-        for port_id in {*pair.ports, *(port.id for port in self._cloud.ports(pair.instance_id))}:
-            for binding in self._cloud.bindings(port_id):
+        for port in self._cloud.ports(pair.instance_id):
+            for binding in self._cloud.bindings(port.id):
                 if binding.host == pair.backup_host and not binding.active:
-                    self._cloud.unbind(port_id, binding.host)
+                    self._cloud.unbind(port.id, binding.host)

@@ -4,7 +4,7 @@ Called in a loop by the manager: all servers every [manager]reconcile_interval_s
 names them. Notifications are lossy, so nothing depends on them. Each server's failure is its own.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 
 from oslo_log import log
 from oslo_utils import uuidutils
@@ -60,7 +60,7 @@ class Reconciler:
         for pair in pairs.values():
             if pair.instance_id not in servers:
                 self._unlisted(pair, servers, hosts)
-        self._sweep(servers.values())
+        self._sweep(servers.values(), {pair.backup_id for pair in pairs.values()})
         self._stop_lingering(hosts)
         self._lift_hosts(hosts)
 
@@ -69,7 +69,11 @@ class Reconciler:
         hosts = self._hear()
         for server_id in server_ids:
             pair = self._store.pair_of(InstanceId(server_id)) or self._store.pair_of_backup(server_id)
-            server = self._cloud.server(pair.instance_id if pair is not None else server_id)
+            try:
+                server = self._cloud.server(pair.instance_id if pair is not None else server_id)
+            except CloudRefused as error:
+                LOG.warning("Server %s is left to the next pass: %s", server_id, error)
+                continue
             if server is None and pair is not None:
                 self._unlisted(pair, {}, hosts)
             elif server is not None and not self._is_ours(server):
@@ -185,11 +189,15 @@ class Reconciler:
 
     # -- what belongs to no server
 
-    def _sweep(self, servers: Iterable[Server]) -> None:
-        """Backup servers that no pair names. The rows are read again: a young pair may have named it meanwhile."""
+    def _sweep(self, servers: Iterable[Server], known: Container[str | None]) -> None:
+        """Backup servers that no pair names. The rows are read again: a young pair may have named it meanwhile.
+
+        known: named when the pass began, which is all of them as a rule; the next pass looks at them again.
+        """
         # Nova takes no second word for a deletion until it knows that the host is dead; then it needs one.
         recently = self._clock.now() - self._settings.agent_down_s
-        suspects = [server for server in servers if self._is_ours(server) and PRIMARY_KEY in server.metadata
+        suspects = [server for server in servers if server.id not in known
+                    and self._is_ours(server) and PRIMARY_KEY in server.metadata
                     and server.name.startswith(BACKUP_PREFIX)
                     and (server.task_state != "deleting" or server.updated_at < recently)]
         if not suspects:
@@ -222,8 +230,11 @@ class Reconciler:
 
     def _lift_hosts(self, hosts: dict[str, Host]) -> None:
         """Hosts that we forced down, whose agent has reported since, and from which no server is being moved."""
+        back = [host.name for host in hosts.values() if host.forced_down_by_us and host.reported_at > host.forced_at]
+        if not back:
+            return
         busy = {pair.primary_host for pair in self._store.pairs()
                 if pair.state is PairState.PROMOTING or pair.step in CATCH_UP}
-        for host in hosts.values():
-            if host.forced_down_by_us and host.reported_at > host.forced_at and host.name not in busy:
-                self._catch_up.lift(host.name)
+        for name in back:
+            if name not in busy:
+                self._catch_up.lift(name)

@@ -16,6 +16,8 @@ LOG = log.getLogger(__name__)
 _BURST_S = 0.2
 #: How soon a thread notices that it is to stop.
 _IDLE_S = 0.5
+#: Guests that wait for the arbiter's answer come before all slow work; but that goes on, however many there are.
+_GIVE_WAY_S = 1.0
 
 
 class Service:
@@ -51,10 +53,13 @@ class Service:
             if time.monotonic() >= self._next_pass:
                 self._next_pass = time.monotonic() + self._settings.reconcile_interval_s
                 self._manager.reconciler.all()
-            server_id = self._named.take(min(_IDLE_S, max(0.0, self._next_pass - time.monotonic())))
-            if server_id is not None:
+            # Together: each look reads what all hosts have reported.
+            named = self._named.take_all(min(_IDLE_S, max(0.0, self._next_pass - time.monotonic())))
+            for server_id in named:
                 self._named.done(server_id)
-                self._manager.reconciler.some([server_id])
+            if named:
+                self._manager.arbiter.precedence.give_way(_GIVE_WAY_S)
+                self._manager.reconciler.some(named)
         except FtvmError as error:
             LOG.warning("Reconciling is put off: %s", error)
 
@@ -62,6 +67,7 @@ class Service:
         pair_id = self._queue.take(_IDLE_S)
         if pair_id is None:
             return
+        self._manager.arbiter.precedence.give_way(_GIVE_WAY_S)
         again: float | None = self._settings.retry_s
         try:
             again = self._manager.follow(pair_id)

@@ -1,15 +1,17 @@
 """The guests of this host, by server UUID: runtime folders, domains, monitors. agent.Guests' implementation."""
 
+import contextlib
 import os
 import pwd
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from nova_ftvm.core.stream import ANNOUNCE
 from nova_ftvm.exception import GuestGone, QemuError, Unsupported
-from nova_ftvm.host import qmp
+from nova_ftvm.host import note, qmp
 from nova_ftvm.host.disks import remove_mirrors
 from nova_ftvm.host.libvirt import Host
 from nova_ftvm.host.netbuf import OutputBuffers, interfaces
@@ -65,28 +67,48 @@ class Guests:
         return path in domain_xml and os.path.exists(path)
 
     def destroy(self, instance_id: str) -> bool:
-        return self._libvirt(lambda host: host.destroy(instance_id))
+        destroyed = self._libvirt(lambda host: host.destroy(instance_id))
+        note.remove(self.folder(instance_id))
+        return destroyed
 
     def is_standby(self, instance_id: str) -> bool:
         """Does a QEMU wait here for its stream? False when none runs, or when it was ever promoted."""
-        try:
-            monitor = qmp.Monitor(os.path.join(self.folder(instance_id), MONITOR))
-        except GuestGone:
+        return self._status(instance_id) == "inmigrate"
+
+    def finish_promotion(self, instance_id: str) -> bool:
+        """Does the guest run here that a backup's engine was promoting when it ended? One that has its checkpoint and
+        was not resumed yet is resumed: an engine loads it by the arbiter's grant only, and it has never run, so nobody
+        else has paused it. False: there is no guest, or it never got its checkpoint. Raises GuestGone when libvirt does
+        not resume it."""
+        if self._status(instance_id) == "paused":
+            self._libvirt(lambda host: host.resume(instance_id))
+        if self._status(instance_id) != "running":
             return False
-        try:
-            return monitor.command("query-status")["status"] == "inmigrate"
-        except (GuestGone, QemuError):
-            return False
-        finally:
-            monitor.close()
+        with contextlib.suppress(GuestGone, QemuError), self._monitor(instance_id) as monitor:
+            monitor.command("announce-self", **ANNOUNCE)
+        return True
 
     def let_go(self, instance_id: str) -> None:
-        """Releases what a dead engine held, and lets go of the disks: the mirror of one that nobody writes to would
-        never notice. Only with the arbiter's grant, or disarmed."""
+        """Releases what a dead engine held, lets the guest run if that engine had frozen it, and lets go of the disks:
+        the mirror of one that nobody writes to would never notice. Only with the arbiter's grant, or disarmed."""
+        with self._monitor(instance_id) as monitor:
+            release(monitor, self.folder(instance_id))
+            remove_mirrors(monitor)
+        note.remove(self.folder(instance_id))
+
+    def _status(self, instance_id: str) -> str:
+        """QEMU's word for what the guest does; '' when nobody answers."""
+        try:
+            with self._monitor(instance_id) as monitor:
+                return str(monitor.command("query-status")["status"])
+        except (GuestGone, QemuError):
+            return ""
+
+    @contextlib.contextmanager
+    def _monitor(self, instance_id: str) -> Iterator[qmp.Monitor]:
         monitor = qmp.Monitor(os.path.join(self.folder(instance_id), MONITOR))
         try:
-            OutputBuffers(monitor, interfaces(monitor)).remove()
-            remove_mirrors(monitor)
+            yield monitor
         finally:
             monitor.close()
 
@@ -97,6 +119,15 @@ class Guests:
             return call(host)
         finally:
             host.close()
+
+
+def release(monitor: qmp.Monitor, folder: str) -> None:
+    """Lets all output go that a dead engine held, and the guest run that it froze. One that somebody else paused stays
+    as it is: the engine freezes none of those, and its note tells."""
+    OutputBuffers(monitor, interfaces(monitor)).remove()
+    left = note.find(folder)
+    if left is not None and left.frozen and monitor.command("query-status")["status"] == "paused":
+        monitor.command("cont")
 
 
 def _is_served(path: str) -> bool:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nova_ftvm.exception import FtvmError
+from nova_ftvm.host.note import Note
 
 LOG = logging.getLogger(__name__)
 
@@ -91,6 +92,30 @@ class EngineProcess:
         self._gone.set()
         self._socket.close()
         on_report(self, {"event": "gone"})
+
+
+class LostEngine:
+    """What stands for a primary's engine that died while no agent was there: all that it says is that it is gone."""
+
+    def __init__(self, note: Note) -> None:
+        self.role = "primary"
+        self.pair_id = note.pair_id
+        self.generation = note.generation
+        self.instance_id = note.instance_id
+
+    def listen(self, on_report: Callable[["LostEngine", Report], None]) -> None:
+        # As from a reader's thread: the agent may take its time, until the manager answers.
+        threading.Thread(target=on_report, args=(self, {"event": "gone"}), name=f"engine-{self.pair_id}",
+                         daemon=True).start()
+
+    def order(self, what: str, **facts: Any) -> None:
+        """It hears nothing."""
+
+    def wait(self, timeout_s: float) -> bool:
+        return True
+
+    def kill(self) -> None:
+        """It is dead."""
 
 
 def start(order: dict[str, Any], log_path: str, control_path: str, timeout_s: float) -> EngineProcess:

@@ -27,8 +27,9 @@ class AgentApi(Protocol):
         """Starts the backup's engine beside the paused standby. Answer: {"address": str, "port": int}."""
 
     def start_primary(self, pair_id: str, generation: int, instance_id: str, address: str, port: int,
-                      token: str) -> dict[str, Any]:
-        """Starts the primary's engine; it reports by report_protection. Answer: {} once the process is up."""
+                      token: str, policy: str = "") -> dict[str, Any]:
+        """Starts the primary's engine; it reports by report_protection. Answer: {} once the process is up.
+        policy: when to take checkpoints; '' is as the host is configured."""
 
     def stop_engine(self, pair_id: str, generation: int, reason: str) -> dict[str, Any]:
         """A planned end: the primary's output is released and its buffers removed, a backup's engine ends and its
@@ -65,9 +66,9 @@ class AgentClient:
                                  instance_id=instance_id, token=token)
 
     def start_primary(self, host: str, pair_id: PairId, generation: Generation, instance_id: InstanceId,
-                      address: str, port: int, token: str) -> dict[str, Any]:
+                      address: str, port: int, token: str, policy: str) -> dict[str, Any]:
         return self._client.call("start_primary", server=host, timeout_s=30.0, pair_id=pair_id, generation=generation,
-                                 instance_id=instance_id, address=address, port=port, token=token)
+                                 instance_id=instance_id, address=address, port=port, token=token, policy=policy)
 
     def stop_engine(self, host: str, pair_id: PairId, generation: Generation, reason: str,
                     timeout_s: float | None = None) -> bool:

@@ -24,12 +24,14 @@ from nova_ftvm.cmd.engine import machine_type
 from nova_ftvm.core import dirty, wire
 from nova_ftvm.core.epoch import EpochLoop, Pace, Phase
 from nova_ftvm.core.lease import Lease
+from nova_ftvm.core.policy import Policy
 from nova_ftvm.engine import link as links
 from nova_ftvm.engine.backup import BackupEngine
 from nova_ftvm.engine.capture import Conversation
 from nova_ftvm.engine.primary import PrimaryEngine
 from nova_ftvm.engine.stats import EpochLog
 from nova_ftvm.host import qmp
+from nova_ftvm.host.activity import Activity
 from nova_ftvm.host.disks import (
     AttendedMonitor,
     DiskMirror,
@@ -86,6 +88,12 @@ class NoWatchdog:
     def arm(self, slack_s: float = 0.0) -> None: ...
 
     def disarm(self) -> None: ...
+
+
+class NoNote:
+    def leave(self, frozen: bool = False) -> None: ...
+
+    def remove(self) -> None: ...
 
 
 class NoDomain:
@@ -268,7 +276,8 @@ class Comparison:
         memory = self._memory_type(monitor.pid, pidfd, self._blocks)
         mirror = self._mirror_type(monitor, self._disks, str(self._folder / "disks.sock"), (0, 0), 0, MAX_REQUEST)
         gate = HeldGate(str(self._folder / "state.fifo"), self._every, self._look)
-        buffers = OutputBuffers(monitor, interfaces(monitor))
+        activity = Activity(monitor, str(self._folder / "output.fifo"))
+        buffers = OutputBuffers(monitor, interfaces(monitor), activity.signs.path)
         save = qmp.encode("xen-save-devices-state", {"filename": gate.path, "live": False}, "save")
         talk = ComparingConversation(monitor, gate, buffers, save, ended_mirror)
         talk.compare = self._compare
@@ -276,10 +285,12 @@ class Comparison:
             self.phase = self._engine_type(
                 generation=GENERATION, memory=memory, talk=talk, monitor=monitor, gate=gate, buffers=buffers, link=link,
                 mirror=mirror, fixed=read_only_contents(self._disks), shallow=self.shallow, log_limit=LOG_LIMIT,
-                loop=EpochLoop(Pace(0.02, 20.0, 0.5, 4, 2048), time.monotonic()), control=self._orders, pidfd=pidfd,
-                watchdog=NoWatchdog(), stats=EpochLog(str(self._folder / "epochs.jsonl")), frame_limit=LIMIT).run()
+                loop=EpochLoop(Pace(Policy.FIXED, 0.02, 20.0, 0.5, 4, 2048), time.monotonic()), control=self._orders,
+                pidfd=pidfd, watchdog=NoWatchdog(), note=NoNote(), activity=activity,
+                stats=EpochLog(str(self._folder / "epochs.jsonl")), frame_limit=LIMIT).run()
         finally:
             gate.close()
+            activity.close()
             memory.close()
             mirror.close()
             mirror.remove()

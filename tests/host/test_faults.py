@@ -9,7 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from nova_ftvm.cmd.agent import lost_engines
 from nova_ftvm.engine.faults import Fault
+from nova_ftvm.host.guests import Guests
+from nova_ftvm.host.note import NoteFile
 from tests.host.conftest import CHURN, Launch
 from tests.host.machine import ORDER, Network, Qemu, Session, wait_for
 from tests.host.protection import Protection, protected
@@ -23,7 +26,8 @@ ON_BACKUP = (Fault.BEFORE_APPLY, Fault.APPLIED)
 IN_PROMOTION = (Fault.BEFORE_LOAD, Fault.LOADED)
 #: Those of disks are in test_disk_faults.py: the guest here has none.
 OF_DISKS = (Fault.MIRROR_STARTED, Fault.DISK_SHIPPED, Fault.BEFORE_SETTLE, Fault.SETTLED)
-ON_PRIMARY = tuple(fault for fault in Fault if fault not in ON_BACKUP + IN_PROMOTION + OF_DISKS)
+IN_HAND_OVER = (Fault.HANDED_OVER, Fault.ASKED)
+ON_PRIMARY = tuple(fault for fault in Fault if fault not in ON_BACKUP + IN_PROMOTION + OF_DISKS + IN_HAND_OVER)
 HOWS = ("kill", "hang", "stop")
 
 
@@ -115,6 +119,68 @@ def test_a_promotion_that_dies_half_way_leaves_no_running_guest(point: Fault, le
         assert standby.operator.command("query-status")["status"] == left_in
 
 
+@pytest.mark.parametrize("how", HOWS)
+def test_a_guest_that_was_handed_over_goes_on_in_its_backup_though_the_engine_that_did_it_failed(
+        how: str, primary: Qemu, standby: Qemu, session: Session) -> None:
+    with protected(primary, standby, primary_fault=f"{Fault.HANDED_OVER.value}:{how}") as pair:
+        session.exchange(5)
+        pair.primary.order("hand_over")
+        pair.backup.hear("ask_promotion")
+        unanswered = session.send()
+        assert primary.is_running() and stays_silent(session), "output left that nobody granted"
+        pair.backup.grant()
+        pair.backup.hear("promoted")
+        session.receive(unanswered)
+        session.exchange(5)
+        standby.await_sound("churn")
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_a_guest_that_was_handed_over_stays_by_grant_when_the_engine_that_asked_for_it_fails(
+        how: str, primary: Qemu, standby: Qemu, session: Session) -> None:
+    with protected(primary, standby, backup_fault=f"{Fault.ASKED.value}:{how}") as pair:
+        session.exchange(5)
+        pair.primary.order("hand_over")
+        pair.backup.hear("ask_promotion")
+        unanswered = session.send()
+        pair.primary.hear("ask_degrade")
+        assert primary.is_running() and stays_silent(session), "output left that nobody granted"
+        pair.primary.grant()
+        session.receive(unanswered)
+        session.exchange(5)
+        assert standby.operator.command("query-status")["status"] == "inmigrate"
+        primary.await_sound("churn")
+
+
+def test_a_guest_whose_engine_died_unseen_is_found_by_its_note_and_let_go(primary: Qemu, standby: Qemu,
+                                                                          session: Session) -> None:
+    name, runtime = primary.folder.name, str(primary.folder.parent)
+    with protected(primary, standby, instance_id=name) as pair:
+        session.exchange(5)
+        pair.primary.kill()
+        unanswered = session.send()
+        # As if it had held for long before it died.
+        NoteFile(str(primary.folder), "pair", 1, name, primary.pid).leave(frozen=True)
+        primary.operator.command("stop")
+        (lost,) = lost_engines(runtime, [])
+        assert (lost.pair_id, lost.generation, lost.instance_id) == ("pair", 1, name)
+        assert stays_silent(session)
+        Guests(runtime, (0, 0), "").let_go(name)
+        session.receive(unanswered)
+        session.exchange(5)
+        assert lost_engines(runtime, []) == []
+        primary.await_sound("churn")
+
+
+def test_the_next_engine_lets_the_guest_run_that_the_last_one_froze(primary: Qemu, standby: Qemu,
+                                                                    session: Session) -> None:
+    name = primary.folder.name
+    NoteFile(str(primary.folder), "pair", 1, name, primary.pid).leave(frozen=True)
+    primary.operator.command("stop")
+    with protected(primary, standby, instance_id=name) as pair:
+        protection_goes_on(pair, session)
+
+
 def test_a_planned_end_releases_everything_and_leaves_no_standby(primary: Qemu, standby: Qemu,
                                                                  session: Session) -> None:
     with protected(primary, standby) as pair:
@@ -126,6 +192,7 @@ def test_a_planned_end_releases_everything_and_leaves_no_standby(primary: Qemu, 
         assert pair.primary.hear("ended")["phase"] == "ended"
         assert pair.backup.hear("ended")["phase"] == "given up"
         assert pair.backup.heard("ask_promotion") is None
+        assert not list(primary.folder.glob("*.note"))
 
 
 def protection_goes_on(pair: Protection, session: Session) -> None:

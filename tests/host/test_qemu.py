@@ -5,15 +5,17 @@ import select
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from nova_ftvm.exception import GuestGone, QemuError, Unsupported
 from nova_ftvm.host import qmp
+from nova_ftvm.host.activity import Activity
 from nova_ftvm.host.memory import TrackedMemory, ram_blocks
 from nova_ftvm.host.netbuf import OutputBuffers, interfaces
 from nova_ftvm.host.userfault import WriteProtection
-from tests.host.conftest import DATAGRAMS, Launch
+from tests.host.conftest import CHURN, DATAGRAMS, IDLE, Launch
 from tests.host.machine import DATAGRAM_PORT, HOST_ADDRESS, MEMORY_MIB, Network, Qemu, Session
 
 
@@ -157,6 +159,51 @@ def test_the_leftovers_of_a_dead_engine_are_replaced_and_lost_is_nothing(guest: 
         assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
         objects = {child["name"] for child in monitor.command("qom-list", path="/objects")}
         assert not any(name.startswith("ftvm-") for name in objects)
+
+
+def test_each_packet_is_told_of_at_once_though_it_is_held(guest: Qemu, monitor: qmp.Monitor, listener: Listener,
+                                                         tmp_path: Path) -> None:
+    activity = Activity(monitor, str(tmp_path / "output.fifo"))
+    buffers = OutputBuffers(monitor, interfaces(monitor), activity.signs.path)
+    buffers.install()
+    try:
+        assert activity.hear(), "the sign's own beginning"
+        listener.drain()
+        for _ in range(3):
+            assert select.select([activity], [], [], 5.0)[0] and activity.hear()
+        assert listener.hear(0.2) == []
+    finally:
+        buffers.remove()
+        activity.hear()
+        assert not select.select([activity], [], [], 0.2)[0], "a sign of what is not held any more"
+        activity.close()
+
+
+def test_a_guest_goes_on_when_whoever_heard_its_signs_dies(guest: Qemu, listener: Listener, tmp_path: Path) -> None:
+    with guest.monitor() as monitor:
+        activity = Activity(monitor, str(tmp_path / "output.fifo"))
+        OutputBuffers(monitor, interfaces(monitor), activity.signs.path).install()
+        activity.close()
+    guest.await_ticks()
+    with guest.monitor() as monitor:
+        OutputBuffers(monitor, interfaces(monitor)).remove()
+    assert listener.hear(0.3)
+
+
+def test_processors_that_compute_are_told_from_those_that_sleep(launch: Launch, tmp_path: Path) -> None:
+    shares = {}
+    for work in (IDLE, CHURN):
+        qemu = launch(work[0], work=work)
+        qemu.await_boot()
+        with qemu.monitor() as monitor:
+            activity = Activity(monitor, str(tmp_path / work))
+            looks = []
+            for _ in range(200):
+                looks.append(activity.asleep())
+                time.sleep(0.005)
+            activity.close()
+        shares[work] = sum(looks) / len(looks)
+    assert shares[IDLE] > 0.5 > shares[CHURN], shares
 
 
 def test_input_is_not_held(guest: Qemu, monitor: qmp.Monitor, network: Network) -> None:

@@ -3,7 +3,7 @@
 import argparse
 import time
 
-from tests.model import agents, properties, repairs, rules
+from tests.model import agents, properties, rules
 from tests.model.search import Search
 from tests.model.steps import Model
 from tests.model.world import Bounds, first_world
@@ -19,7 +19,7 @@ def main() -> int:
     bounds = Bounds(**given)
     rules.silence()
     began = time.monotonic()
-    with agents.threads_aside(), repairs.repaired():
+    with agents.threads_aside():
         found = Search(first_world(bounds), Model(bounds).steps, properties.wrong, limit).run(properties.GOALS)
     print(f"{bounds}\n{found} in {time.monotonic() - began:.0f} s")
     print(found.wrong or "nothing is wrong")

@@ -68,6 +68,8 @@ class Facts(NamedTuple):
     #: The engines that answer an order to stop.
     responsive: tuple[str, ...]
     standby: bool
+    #: Is there a guest that is no standby?
+    runs: bool
 
 
 class Outcome(NamedTuple):
@@ -137,6 +139,9 @@ class _Turn:
 
     def is_standby(self, instance_id: str) -> bool:
         return self.facts.standby and ("destroy",) not in self.effects
+
+    def finish_promotion(self, instance_id: str) -> bool:
+        return self.facts.runs and ("destroy",) not in self.effects
 
     def let_go(self, instance_id: str) -> None:
         self.effects.append(("let go",))

@@ -18,7 +18,7 @@ from nova_ftvm.engine.agent import Agent
 from nova_ftvm.failover import arbiter
 from nova_ftvm.rpc import common
 from nova_ftvm.types import Generation, Grant, PairState
-from tests.model import properties
+from tests.model import properties, stage
 from tests.model.world import Bounds
 
 SMALL = Bounds(epochs=2, pairings=0, faults=1, losses=0, ends=0)
@@ -217,6 +217,28 @@ def ask_only_once() -> AbstractContextManager[Any]:
     return patch.object(Agent, "_go_on_alone", go_on_alone)
 
 
+def overlook_the_notes() -> AbstractContextManager[Any]:
+    """An agent that starts looks for living engines only."""
+    return patch.object(stage, "lost", lambda host: ())
+
+
+def leave_it_frozen() -> AbstractContextManager[Any]:
+    """What a dead engine held is let go, and the guest that it had paused is not started."""
+    return patch.object(stage, "thawed", lambda guest: guest)
+
+
+def forget_to_thaw() -> AbstractContextManager[Any]:
+    return patch.object(EpochLoop, "_let_go", lambda self: (Act.UNBUFFER,))
+
+
+def take_the_promoted_for_failed() -> AbstractContextManager[Any]:
+    """A guest whose engine died right after it had resumed it is destroyed as a standby that is of no use."""
+    def lose_backup(self: Agent, watched: Any, reason: str) -> None:
+        self._guests.destroy(watched.engine.instance_id)
+
+    return patch.object(Agent, "_lose_backup", lose_backup)
+
+
 @contextmanager
 def _all(*patches: AbstractContextManager[Any]) -> Iterator[None]:
     with ExitStack() as stack:
@@ -228,6 +250,7 @@ def _all(*patches: AbstractContextManager[Any]) -> Iterator[None]:
 ONE_VOICE, WHOLE, COVERED, PLANNED, HARMLESS, PROGRESS = (
     properties.ONE_VOICE, properties.WHOLE, properties.COVERED, properties.PLANNED, properties.HARMLESS,
     properties.PROGRESS)
+TWICE = SMALL._replace(epochs=1, faults=2)
 AGAIN = Bounds(epochs=1, pairings=1, faults=0, losses=1, ends=0)
 
 MUTATIONS = (
@@ -254,4 +277,8 @@ MUTATIONS = (
              SMALL._replace(epochs=1, faults=0, ends=1)),
     Mutation("the row is written without comparing", write_without_comparing, (ONE_VOICE,)),
     Mutation("the agent asks only once", ask_only_once, (PROGRESS,), SMALL._replace(epochs=1, losses=1)),
+    Mutation("the notes of lost engines are overlooked", overlook_the_notes, (PROGRESS,), TWICE),
+    Mutation("a guest that a dead engine froze stays frozen", leave_it_frozen, (PROGRESS,), TWICE),
+    Mutation("a guest that its engine froze stays frozen", forget_to_thaw, (PROGRESS,), SMALL._replace(epochs=1)),
+    Mutation("a promoted guest is taken for a failed one", take_the_promoted_for_failed, (HARMLESS,), TWICE),
 )

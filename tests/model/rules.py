@@ -8,6 +8,7 @@ Time. A rule's times are forgotten but for their magnitude, and a timer may run 
 after all of them but the hold limit, LATE after all.
 """
 
+import copy
 import dataclasses
 import enum
 import logging
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from nova_ftvm.core import wire
 from nova_ftvm.core.epoch import EpochLoop, Pace
 from nova_ftvm.core.lease import Lease
+from nova_ftvm.core.policy import Policy
 from nova_ftvm.core.replica import Replica
 from nova_ftvm.db.records import Engine, Pair
 from nova_ftvm.exception import FtvmError, LostRace
@@ -29,7 +31,7 @@ PAIR, SERVER = PairId("pair"), InstanceId("server")
 NOW, SOON, LATE = 0.0, 1000.0, 2e6
 #: How a time that is later than SOON is kept.
 _FAR = 1e6
-_PACE = Pace(epoch_s=1.0, ack_limit_s=1.0, beat_s=1.0, live_passes=1, live_rest_pages=0)
+_PACE = Pace(policy=Policy.FIXED, epoch_s=1.0, ack_limit_s=1.0, beat_s=1.0, live_passes=1, live_rest_pages=0)
 
 
 class Snapshot:
@@ -66,6 +68,8 @@ def plain(value: Any, now: float = NOW) -> Any:
     """What of a rule's attribute makes a difference."""
     if isinstance(value, float):
         return _FAR if value == _FAR or value - now > SOON else NOW
+    if _is_record(value):
+        return dataclasses.replace(value, **{name: plain(each, now) for name, each in _fields(value)})
     if isinstance(value, enum.Enum) or dataclasses.is_dataclass(value):
         return value
     if isinstance(value, str):
@@ -73,14 +77,24 @@ def plain(value: Any, now: float = NOW) -> Any:
     return value
 
 
+def _is_record(value: Any) -> bool:
+    """A part of a rule's state with fields of its own, which change."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type) and type(value).__hash__ is None
+
+
+def _fields(record: Any) -> list[tuple[str, Any]]:
+    return [(field.name, getattr(record, field.name)) for field in dataclasses.fields(record)]
+
+
 def _key(value: Any) -> Any:
     # A replica's staged frames come in one order only, so their number tells which they are.
-    return len(value) if isinstance(value, list) else value
+    return len(value) if isinstance(value, list) else tuple(_fields(value)) if _is_record(value) else value
 
 
 def _copy(rule: Any) -> Any:
     twin = object.__new__(type(rule))
-    twin.__dict__ = {name: list(value) if isinstance(value, list) else value for name, value in vars(rule).items()}
+    twin.__dict__ = {name: copy.copy(value) if isinstance(value, list) or _is_record(value) else value
+                     for name, value in vars(rule).items()}
     return twin
 
 

@@ -40,14 +40,14 @@ def lingering(row: Row, generation: int) -> int:
     return generation
 
 
-def forsaken(host: Host) -> int:
-    """cmd/agent.py, `surviving_engines`: of an engine that died unseen nothing is known. Else: its generation."""
-    return 0
+def lost(host: Host) -> tuple[int, ...]:
+    """cmd/agent.py, `lost_engines`: generations of primary's engines that died unseen, by the note of their guest."""
+    return (host.guest.noted,) if host.guest and host.guest.noted and host.primary is None else ()
 
 
-def thaws() -> bool:
-    """host/guests.py, `let_go`, and an engine at its start: is a guest started that a dead engine had frozen?"""
-    return False
+def thawed(guest: Guest) -> Guest:
+    """host/guests.py, `release`: a guest runs again if its note says that a dead engine had frozen it."""
+    return guest._replace(frozen=False) if guest.noted else guest
 
 
 class Stage:
@@ -94,6 +94,7 @@ class Stage:
         for act in acts or ():
             self._act(name, act)
         if loop.rule.phase in OVER and not primary.done:
+            self._forget(name)
             self._end(name, PRIMARY, loop.rule.phase.name.lower())
 
     def _act(self, name: str, act: Act) -> None:
@@ -103,7 +104,7 @@ class Stage:
         match act:
             case Act.BUFFER if guest:
                 self._open(name)  # what an engine that died has left behind is removed first
-                self.set(name, guest=Guest(held=True, of=primary.generation))
+                self.set(name, guest=Guest(held=True, noted=primary.generation))
                 self.seen = Seen(primary.generation, disarmed=self.seen.disarmed)
             case Act.CHECKPOINT if guest and guest.held:
                 self.set(name, guest=guest._replace(barrier=epoch))
@@ -118,8 +119,7 @@ class Stage:
             case Act.UNBUFFER:
                 self._open(name)
             case Act.FREEZE | Act.THAW if guest:
-                of = primary.generation if act is Act.FREEZE else 0
-                self.set(name, guest=guest._replace(frozen=act is Act.FREEZE, of=of))
+                self.set(name, guest=guest._replace(frozen=act is Act.FREEZE))
             case Act.ASK:
                 self._report(name, PRIMARY, "ask_degrade")
             case Act.REPORT_PROTECTED:
@@ -168,8 +168,8 @@ class Stage:
                 self.loop(name, "on_hand_over", NOW)
 
     def _start_primary(self, name: str, generation: int) -> None:
-        """engine/link.py, `dial` and `answer`: a backup takes one connection, before its first epoch."""
-        self._thaw(name)
+        """engine/link.py, `dial` and `answer`: a backup takes one connection, before its first epoch. cmd/engine.py,
+        `run_primary`: what a dead engine held is let go."""
         primary = Primary(generation, self._rules.loop())
         peer_name = OTHER[name]
         peer = self.hosts[peer_name].backup
@@ -177,6 +177,7 @@ class Stage:
                 and peer.lease.rule.watch is Watch.SYNCING and not peer.replica.rule.committed)
         self.set(name, primary=primary._replace(linked=fits, done=not fits))
         if fits:
+            self._release(name)
             self.link = Link(generation)
             self.set(peer_name, backup=peer._replace(linked=True))
         else:
@@ -222,7 +223,8 @@ class Stage:
                 if self.link.up:
                     self.link = self.link._replace(back=(*self.link.back, action.epoch))
 
-    def promote(self, name: str) -> None:
+    def promote(self, name: str, told: bool = True) -> None:
+        """told: its engine lives to say so."""
         backup = self.hosts[name].backup
         replica = backup.replica.rule
         state_of = int(replica.device_state or b"0")
@@ -230,7 +232,10 @@ class Stage:
         self.seen = self.seen._replace(promoted=name, promoted_epoch=replica.committed)
         self.set(name, guest=Guest(), backup=backup._replace(done=True, promoting=False))
         self.hang_up(backup.generation)
-        self._report(name, BACKUP, "promoted")
+        if told:
+            self._report(name, BACKUP, "promoted")
+        else:
+            self.drop_engine(name, BACKUP)
 
     def fail_backup(self, name: str) -> None:
         """cmd/engine.py, `run_backup`."""
@@ -313,7 +318,7 @@ class Stage:
         found = Facts(host.memory, tuple(f"{role} {engine.generation}" for role, engine in
                             ((PRIMARY, host.primary), (BACKUP, host.backup))
                             if engine and not engine.done and not getattr(engine, "promoting", False)),
-                      bool(host.guest and host.guest.standby))
+                      bool(host.guest and host.guest.standby), bool(host.guest and not host.guest.standby))
         key = (name, host.watched, found, run, facts, tuple(more.values()))
         turns = self._known.turns
         if key not in turns:
@@ -329,8 +334,7 @@ class Stage:
             case "destroy":
                 self._destroy(name)
             case "let go":
-                self._open(name)
-                self._thaw(name)
+                self._release(name)
             case "start":
                 role, generation = facts
                 (self._start_primary if role == PRIMARY else self._start_backup)(name, generation)
@@ -354,10 +358,17 @@ class Stage:
         elif not engine.promoting:
             self._order_backup(name, what, grant)
 
-    def _thaw(self, name: str) -> None:
-        guest = self.hosts[name].guest
-        if guest and guest.frozen and thaws():
-            self.set(name, guest=guest._replace(frozen=False))
+    def _release(self, name: str) -> None:
+        """host/guests.py, `release`; and the note goes."""
+        self._open(name)
+        if self.hosts[name].guest:
+            self.set(name, guest=thawed(self.hosts[name].guest))
+        self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        """host/note.py, `remove`."""
+        if self.hosts[name].guest:
+            self.set(name, guest=self.hosts[name].guest._replace(noted=0))
 
     def _destroy(self, name: str) -> None:
         guest = self.hosts[name].guest
@@ -369,7 +380,7 @@ class Stage:
         """host/netbuf.py, `remove`: what is held leaves, and all that follows."""
         guest = self.hosts[name].guest
         if guest and guest.held:
-            self.set(name, guest=Guest(frozen=guest.frozen, of=guest.of if guest.frozen else 0))
+            self.set(name, guest=Guest(frozen=guest.frozen, noted=guest.noted))
             self.events.append(("opened", name))
 
     def rpc(self, name: str, method: str, *facts: Any) -> None:
@@ -377,18 +388,16 @@ class Stage:
         self._pump(name)
 
     def start_agent(self, name: str) -> None:
-        """The engines tell it their last reports again."""
+        """The engines tell it their last reports again, the lost ones that they are gone."""
         host = self.hosts[name]
-        engines = [(role, engine) for role, engine in ((PRIMARY, host.primary), (BACKUP, host.backup)) if engine]
+        engines = [(role, engine.generation, engine.last)
+                   for role, engine in ((PRIMARY, host.primary), (BACKUP, host.backup)) if engine]
+        engines += [(PRIMARY, generation, ("gone", "")) for generation in lost(host)]
         self.set(name, agent=True)
-        self.rpc(name, "adopt_engines", *((role, engine.generation) for role, engine in engines))
-        for role, engine in engines:
-            if engine.last:
-                self._tell_agent(name, role, engine.generation, engine.last)
-        generation = forsaken(host)
-        if generation:
-            self.rpc(name, "adopt_engines", (PRIMARY, generation))
-            self._tell_agent(name, PRIMARY, generation, ("gone", ""))
+        self.rpc(name, "adopt_engines", *((role, generation) for role, generation, _ in engines))
+        for role, generation, last in engines:
+            if last:
+                self._tell_agent(name, role, generation, last)
 
     def kill_agent(self, name: str) -> None:
         """Orders that it has not done yet end with it: at the broker they expire with their sender's deadline."""

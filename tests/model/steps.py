@@ -109,7 +109,7 @@ class _Enabled:
             yield self._step(f"{engine} begins epoch {loop.epoch + 1}", True, lambda s: s.loop(name, "tick", SOON))
         elif loop.phase is Phase.HOLDING and not self._is_asking(host, PRIMARY):
             yield self._step(f"{engine} asks again to go on alone", True, lambda s: s.loop(name, "tick", SOON))
-            if not loop._frozen:
+            if loop._buffered and not loop._frozen:
                 yield self._step(f"{engine} has held for long, freezes the guest and asks again", False,
                                  lambda s: s.loop(name, "tick", LATE))
         if self._world.left.faults and loop.phase in PAUSED:
@@ -144,6 +144,8 @@ class _Enabled:
                              lambda s: s.promote(name))
             if self._world.left.faults:
                 yield self._step(f"{engine} cannot promote", False, lambda s: s.fail_backup(name), faults=1)
+                yield self._step(f"{engine} promotes epoch {backup.replica.rule.committed}, and is killed before it "
+                                 "can say so", False, lambda s: s.promote(name, told=False), faults=1)
             return
         if backup.linked and (link is None or not link.up):
             yield self._step(f"{engine} sees the connection lost", True, lambda s: s.lose_link(name, BACKUP))

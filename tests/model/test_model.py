@@ -6,13 +6,11 @@ a counterexample.
 
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
 from tests.model import agents, properties, rules
 from tests.model.mutations import MUTATIONS, Mutation
-from tests.model.repairs import REPAIRS, repaired
 from tests.model.search import Found, Search
 from tests.model.steps import Model
 from tests.model.world import Bounds, Step, World, first_world
@@ -41,8 +39,7 @@ def search(bounds: Bounds) -> Found:
 @pytest.mark.parametrize("bounds", PROVEN.values(), ids=PROVEN.keys())
 def test_only_one_side_speaks_whatever_breaks(bounds: Bounds, capsys: pytest.CaptureFixture[str]) -> None:
     began = time.monotonic()
-    with repaired():
-        found = search(bounds)
+    found = search(bounds)
     with capsys.disabled():
         print(f"\n{bounds}: {found}, {time.monotonic() - began:.0f} s")
     assert found.wrong is None, str(found.wrong)
@@ -50,23 +47,13 @@ def test_only_one_side_speaks_whatever_breaks(bounds: Bounds, capsys: pytest.Cap
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
 def test_the_search_notices_that(mutation: Mutation, capsys: pytest.CaptureFixture[str]) -> None:
-    with repaired(), mutation.apply():
+    with mutation.apply():
         found = search(mutation.bounds)
     assert found.wrong is not None, f"{mutation} goes unnoticed in {found}"
     with capsys.disabled():
         print(f"\nwhen {mutation}: {found.wrong.claim} ({len(found.wrong.story)} steps, {found.states:,} states)")
     assert found.wrong.claim.startswith(mutation.breaks), str(found.wrong)
     assert found.wrong.story
-
-
-@pytest.mark.parametrize(("repair", "bounds"), [
-    pytest.param(repair, bounds, id=repair.__name__, marks=pytest.mark.xfail(strict=True, reason=str(repair.__doc__)))
-    for repair, bounds in REPAIRS.items()])
-def test_the_rules_do_without_the_repair(repair: Any, bounds: Bounds) -> None:
-    """Passes once the tree has it; then its function in repairs.py goes."""
-    with repaired(but=repair):
-        found = search(bounds)
-    assert found.wrong is None, str(found.wrong)
 
 
 # What cannot be promised
@@ -79,8 +66,7 @@ def test_a_guest_is_promoted_if_nobody_lived_to_tell_that_it_shut_itself_down() 
         return "promoted" if promoted and before.seen.off else properties.wrong(before, step)
 
     bounds = Bounds(epochs=1, pairings=0, faults=1, losses=0, ends=1)
-    with repaired():
-        found = Search(first_world(bounds), Model(bounds).steps, heard_of).run()
+    found = Search(first_world(bounds), Model(bounds).steps, heard_of).run()
     assert found.wrong is not None and found.wrong.claim == "promoted"
     assert not any("disarm" in line for line in found.wrong.story)
 

@@ -37,8 +37,8 @@ class Guest(NamedTuple):
     frozen: bool = False
     barrier: int = 0
     said: int = 0
-    #: The generation of the engine that holds it, or held it last.
-    of: int = 0
+    #: The generation in the note that its engine left, host/note.py; 0: there is none.
+    noted: int = 0
 
     @property
     def speaks(self) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 
 from nova_ftvm.core import dirty, wire
 from nova_ftvm.core.disk import DiskWrite
-from nova_ftvm.exception import GuestGone, MirrorLost, ReplicaFailed
+from nova_ftvm.exception import FtvmError, GuestGone, MirrorLost, ReplicaFailed
 from nova_ftvm.types import PAGE, Disk, Epoch, Generation, RamBlock
 from tests.unit.frames import BLOCKS, GENERATION, LIMIT
 
@@ -131,6 +131,38 @@ class FakeBuffers:
     def remove(self) -> None:
         self.installed = False
         self._sent.append("remove")
+
+
+class FakeActivity(Bell):
+    """ports.Activity."""
+
+    is_asleep = False
+
+    def hear(self) -> bool:
+        heard = self.rings()
+        self.hush()
+        return heard
+
+    def asleep(self) -> bool:
+        return self.is_asleep
+
+
+class FakeNote:
+    """ports.Note. `text`: what it says; None: there is none."""
+
+    def __init__(self, sent: list[str]) -> None:
+        self._sent = sent
+        self.text: str | None = None
+        self.failure: FtvmError | None = None
+
+    def leave(self, frozen: bool = False) -> None:
+        if self.failure:
+            raise self.failure
+        self.text = "frozen" if frozen else "held"
+        self._sent.append(f"note: {self.text}")
+
+    def remove(self) -> None:
+        self.text = None
 
 
 class FakeMemory:

@@ -286,6 +286,8 @@ class FakeAgents:
         self.broken: set[str] = set()
         #: Calls that an agent refuses for a lasting reason.
         self.refused: set[str] = set()
+        #: Of each start_primary.
+        self.policies: list[str] = []
 
     def _call(self, name: str, host: str, *arguments: Any) -> None:
         steps = self.fuse.effect()
@@ -311,8 +313,9 @@ class FakeAgents:
         return {"address": "10.0.0.2", "port": 4242}
 
     def start_primary(self, host: str, pair_id: str, generation: int, instance_id: str, address: str, port: int,
-                      token: str) -> dict[str, Any]:
+                      token: str, policy: str) -> dict[str, Any]:
         self._call("start_primary", host, generation, address, port)
+        self.policies.append(policy)
         return {}
 
     def stop_engine(self, host: str, pair_id: str, generation: int, reason: str,

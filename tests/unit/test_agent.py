@@ -59,6 +59,9 @@ class FakeGuests:
         self.xml = "<domain/>"
         #: How many calls libvirt does not answer.
         self.away = 0
+        #: Backup servers that have their checkpoint.
+        self.loaded: set[str] = set()
+        self.finished: list[str] = []
 
     def make_folder(self, instance_id: str) -> str:
         return f"/run/{instance_id}"
@@ -83,6 +86,13 @@ class FakeGuests:
 
     def is_standby(self, instance_id: str) -> bool:
         return instance_id in self.standbys
+
+    def finish_promotion(self, instance_id: str) -> bool:
+        self.finished.append(instance_id)
+        if self.away:
+            self.away -= 1
+            raise GuestGone("libvirt is away")
+        return instance_id in self.loaded
 
     def let_go(self, instance_id: str) -> None:
         self.unbuffered.append(instance_id)
@@ -325,6 +335,75 @@ def test_a_promotion_that_failed_is_told(host: Host) -> None:
     assert host.guests.destroyed == []
 
 
+def promoting(host: Host) -> FakeEngine:
+    """A backup's engine that has asked, and may have been granted the pair."""
+    engine = host.backup()
+    engine.say("ask_promotion", evidence="no heartbeat")
+    host.manager.calls.clear()
+    return engine
+
+
+def has_its_checkpoint(host: Host) -> None:
+    host.guests.standbys.clear()
+    host.guests.loaded.add(BACKUP_SERVER)
+
+
+@pytest.mark.parametrize("last_word", ["", "failed"], ids=["killed", "failed"])
+def test_a_guest_that_runs_is_told_as_promoted_though_its_engine_did_not_live_to_say_so(host: Host,
+                                                                                       last_word: str) -> None:
+    engine = promoting(host)
+    if last_word:
+        engine.say(last_word, reason="QEMU did not answer", granted=True)
+    has_its_checkpoint(host)
+    host.manager.silent_for = 2
+    engine.say("gone")
+    assert host.manager.calls == [("report_promoted", (PAIR, 3, "alpha", {}, ""))] * 3
+    assert host.guests.destroyed == []
+
+
+def test_a_promotion_that_an_agent_finds_done_is_told_by_it(host: Host) -> None:
+    engine = FakeEngine("backup")
+    host.agent.adopt_engines([engine])
+    has_its_checkpoint(host)
+    engine.say("failed", reason="QEMU did not answer", granted=True)
+    engine.say("gone")
+    assert host.manager.calls == [("report_promoted", (PAIR, 3, "alpha", {}, ""))]
+
+
+def test_a_guest_that_nobody_wants_any_more_is_destroyed_though_its_engine_died(host: Host) -> None:
+    engine = promoting(host)
+    has_its_checkpoint(host)
+    host.manager.answer = Grant(False, Generation(7), "the server was given up")
+    engine.say("gone")
+    assert host.guests.destroyed == [BACKUP_SERVER]
+
+
+def test_a_guest_is_resumed_once_libvirt_is_back(host: Host) -> None:
+    engine = promoting(host)
+    has_its_checkpoint(host)
+    host.guests.away = 3
+    engine.say("gone")
+    assert host.manager.calls == [("report_promoted", (PAIR, 3, "alpha", {}, ""))] and host.guests.destroyed == []
+
+
+def test_a_guest_that_cannot_be_resumed_makes_way_for_the_one_that_nova_boots(host: Host) -> None:
+    engine = promoting(host)
+    has_its_checkpoint(host)
+    host.guests.away = 10
+    engine.say("gone")
+    assert host.guests.destroyed == [BACKUP_SERVER]
+    assert host.manager.calls == [("report_promoted", (PAIR, 3, "alpha", {}, "the backup engine died"))]
+
+
+def test_a_guest_that_its_engine_never_asked_for_is_looked_at_by_nobody(host: Host) -> None:
+    """It was in the way of a standby: whatever it is, it is not ours to start."""
+    engine = host.backup()
+    has_its_checkpoint(host)
+    engine.say("failed", reason="the standby does not wait for its stream, it is paused: it is a guest by now")
+    engine.say("gone")
+    assert host.guests.finished == [] and host.guests.destroyed == []
+
+
 # Orders from the manager
 
 
@@ -501,6 +580,46 @@ def test_what_an_engine_of_the_last_agent_held_is_let_go_by_grant_only(host: Hos
     host.manager.answer = Grant(False, Generation(4), "the backup speaks")
     engine.say("gone")
     assert host.guests.unbuffered == [] and host.guests.destroyed == [SERVER]
+
+
+class LostEngine(FakeEngine):
+    """host.process.LostEngine: it died, and its guest is held."""
+
+    def listen(self, on_report: Any) -> None:
+        super().listen(on_report)
+        self.say("gone")
+
+
+def test_a_guest_whose_engine_died_unseen_goes_on_alone_by_grant(host: Host) -> None:
+    host.manager.silent_for = 2
+    host.agent.adopt_engines([LostEngine("primary")])
+    assert host.manager.calls == [("request_degrade", (PAIR, 3, "alpha", "the primary engine died"))] * 3
+    assert host.guests.unbuffered == [SERVER] and host.guests.destroyed == [] and host.listed() == []
+
+
+def test_a_guest_whose_engine_died_unseen_and_whose_backup_speaks_is_destroyed_unheard(host: Host) -> None:
+    host.manager.answer = Grant(False, Generation(4), "the backup speaks")
+    host.agent.adopt_engines([LostEngine("primary")])
+    assert host.guests.destroyed == [SERVER] and host.guests.unbuffered == []
+
+
+@pytest.mark.parametrize("granted", [True, False])
+def test_a_guest_whose_engine_died_unseen_is_left_to_the_engine_that_was_started_since(host: Host,
+                                                                                      granted: bool) -> None:
+    def answer(*_: Any) -> Grant:
+        if not host.engines:
+            host.primary(5)
+        return Grant(granted, Generation(6), "so it is")
+
+    host.manager._call = answer
+    host.agent.adopt_engines([LostEngine("primary")])
+    assert host.guests.unbuffered == [] and host.guests.destroyed == [] and len(host.engines) == 1
+
+
+def test_a_fence_of_the_generation_whose_engine_died_unseen_comes_late(host: Host) -> None:
+    host.agent.adopt_engines([LostEngine("primary", generation=3)])
+    host.call("fence", pair_id=PAIR, generation=3, instance_id=SERVER)
+    assert host.guests.destroyed == []
 
 
 def test_progress_goes_with_the_sign_of_life(host: Host) -> None:

@@ -186,7 +186,8 @@ def test_a_promotion_that_fails_is_told_and_no_guest_runs(bench: Bench) -> None:
     bench.control.grant(True)
     bench.turn()
     assert bench.engine.run() is False
-    assert bench.control.told[-1] == "failed" and bench.domain.resumed == 0
+    assert bench.control.told[-1] == "failed" and bench.control.reports[-1]["granted"]
+    assert bench.domain.resumed == 0
 
 
 def test_nothing_is_acknowledged_after_the_grant_not_even_when_the_promotion_fails(bench: Bench) -> None:
@@ -348,6 +349,7 @@ def test_disks_that_fail_end_the_backup_with_the_reason(bench: Bench) -> None:
     bench.turn()
     bench.engine.run()
     assert bench.control.reports[-1]["event"] == "failed" and "No space" in bench.control.reports[-1]["reason"]
+    assert not bench.control.reports[-1]["granted"]
     assert bench.disks.closed and not bench.engine._promoted
 
 

@@ -70,7 +70,7 @@ def test_an_empty_database_has_no_version(tmp_path):
 
 def test_a_pair_comes_back_as_it_was_written(store):
     added = store.add(pair_in(timeline={"granted_at": 1795380846.762921}, backup_id="b", progress=42.37,
-                              refused={"hy": Refusal(5.5, "its disks are shared")}, ports=("p1", "p2")))
+                              refused={"hy": Refusal(5.5, "its disks are shared")}))
     assert store.pair(added.id) == store.pair_of(added.instance_id) == store.pair_of_backup("b") == added
     assert store.pairs() == store.pairs([added.id]) == [added]
     assert store.pairs([]) == [] == store.pairs_in(PairState.SYNCING)

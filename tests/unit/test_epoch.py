@@ -1,5 +1,7 @@
 """core/epoch.py: its promises under any events, the same promises broken on purpose, and scripted lives."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +19,7 @@ from nova_ftvm.core.epoch import (
     EpochLoop,
     Phase,
 )
+from nova_ftvm.core.policy import Policy
 from nova_ftvm.host import netbuf
 from nova_ftvm.types import Epoch, Generation, Grant
 from tests.unit.epoch_world import EVENTS, PACE, Broken, Checker, random_life
@@ -32,6 +35,12 @@ REFUSED = Grant(False, Generation(2), "the backup speaks")
 @given(st.lists(st.sampled_from(EVENTS), max_size=60))
 def test_the_promises_hold_under_any_events(events: list[str]) -> None:
     Checker(EpochLoop(PACE, 0.0)).drive(events)
+
+
+@settings(max_examples=300)
+@given(st.sampled_from(Policy), st.lists(st.sampled_from(EVENTS), max_size=60))
+def test_the_promises_hold_under_any_policy(policy: Policy, events: list[str]) -> None:
+    Checker(EpochLoop(dataclasses.replace(PACE, policy=policy), 0.0)).drive(events)
 
 
 def test_the_promises_hold_through_long_lives_and_all_phases_are_seen() -> None:
@@ -111,6 +120,23 @@ class ForgetsTheBuffers(EpochLoop):
         return tuple(act for act in super().on_live_pass(pages) if act is not Act.BUFFER)
 
 
+class FreezesInTheFirstCopy(EpochLoop):
+    def _freeze(self, now: float) -> Acts:
+        self._buffered = True
+        return super()._freeze(now)
+
+
+class FreezesWhatStandsStill(EpochLoop):
+    def _freeze(self, now: float) -> Acts:
+        self._guest_runs = True
+        return super()._freeze(now)
+
+
+class StartsWhatOthersPaused(EpochLoop):
+    def _let_go(self) -> Acts:
+        return (Act.UNBUFFER, Act.THAW)
+
+
 class ComesBackAfterTheEnd(EpochLoop):
     def on_checkpoint_failed(self, why: str, now: float) -> Acts:
         self.phase = Phase.HOLDING
@@ -120,7 +146,7 @@ class ComesBackAfterTheEnd(EpochLoop):
 @pytest.mark.parametrize("broken", [
     ReleasesBeforeTheAck, ReleasesForAnyAck, LetsGoInSilence, DoesNotWaitForTheAck, ForgetsToCapture, CapturesAtTheStop,
     LetsTheDisksGoEarly, SpeaksAfterTheFence, LeavesACheckpointInTheMiddle, StopsInTheMiddle, ForgetsTheBuffers,
-    ComesBackAfterTheEnd])
+    FreezesInTheFirstCopy, FreezesWhatStandsStill, StartsWhatOthersPaused, ComesBackAfterTheEnd])
 def test_a_broken_loop_is_caught(broken: type[EpochLoop]) -> None:
     with pytest.raises(Broken):
         for seed in range(600):
@@ -217,7 +243,7 @@ def test_a_long_epoch_of_disk_writes_has_time_while_the_backup_is_heard_of() -> 
 def test_a_full_log_brings_the_next_checkpoint_at_once() -> None:
     loop = running()
     assert Act.CHECKPOINT not in loop.tick(1.001)
-    loop.on_log_full(1.001)
+    loop.on_log_full()
     assert loop.next_tick() <= 1.001 and Act.CHECKPOINT in loop.tick(1.001)
 
 
@@ -230,6 +256,31 @@ def test_a_guest_that_is_held_for_long_is_paused_before_the_buffers_let_go_by_th
     assert Act.FREEZE in loop.tick(HOLD_LIMIT_S)
     assert loop.on_grant(GRANTED) == (Act.UNBUFFER, Act.THAW)
     assert netbuf.INTERVAL_US / 1e6 > 2 * HOLD_LIMIT_S
+
+
+def test_a_guest_whose_backup_is_lost_in_the_first_copy_is_never_paused_as_nothing_is_held() -> None:
+    loop = in_phase(Phase.COPYING)
+    acts = [act for second in range(1, 5000) for act in loop.tick(float(second))]
+    assert loop.phase is Phase.HOLDING and Act.FREEZE not in acts and acts.count(Act.ASK) > 4000
+    assert loop.on_grant(GRANTED) == (Act.UNBUFFER,)
+
+
+@pytest.mark.parametrize("end", ["grant", "stop"])
+def test_a_guest_that_somebody_else_paused_is_neither_frozen_nor_started(end: str) -> None:
+    loop = in_phase(Phase.HOLDING)
+    loop.on_paused(True)
+    assert Act.FREEZE not in loop.tick(HOLD_LIMIT_S)
+    assert Act.THAW not in (loop.on_grant(GRANTED) if end == "grant" else loop.on_stop("x"))
+
+
+def test_a_guest_that_somebody_starts_while_its_output_is_held_for_too_long_is_frozen_again() -> None:
+    loop = in_phase(Phase.HOLDING)
+    assert Act.FREEZE in loop.tick(HOLD_LIMIT_S)
+    loop.on_paused(True)
+    assert Act.FREEZE not in loop.tick(HOLD_LIMIT_S + 1)
+    loop.on_paused(False)
+    assert Act.FREEZE in loop.tick(HOLD_LIMIT_S + 2)
+    assert loop.on_grant(GRANTED) == (Act.UNBUFFER, Act.THAW)
 
 
 @pytest.mark.parametrize("end", ["grant", "stop"])

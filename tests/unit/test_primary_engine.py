@@ -1,27 +1,32 @@
 """engine/primary.py: carries out what the loop decides, in its order, whatever QEMU, the peer and the agent do."""
 
+import dataclasses
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nova_ftvm.core import wire
-from nova_ftvm.core.epoch import EpochLoop, Pace, Phase
+from nova_ftvm.core.epoch import HOLD_LIMIT_S, EpochLoop, Pace, Phase
+from nova_ftvm.core.policy import Policy
 from nova_ftvm.core.replica import Replica, Write
 from nova_ftvm.engine.capture import Conversation
 from nova_ftvm.engine.link import Link
 from nova_ftvm.engine.primary import PrimaryEngine
 from nova_ftvm.engine.stats import EpochLog
-from nova_ftvm.exception import QemuError
+from nova_ftvm.exception import FtvmError, QemuError
 from tests.unit.engine_fakes import (
     Bell,
     Clock,
+    FakeActivity,
     FakeBuffers,
     FakeControl,
     FakeGate,
     FakeMemory,
     FakeMirror,
+    FakeNote,
     FakeQemu,
     FakeWatchdog,
     Peer,
@@ -32,27 +37,27 @@ from tests.unit.frames import DISKS, GENERATION, LIMIT, write
 STATE = b"the devices' state"
 LOG_LIMIT = 10_000
 #: Turns wait for events no longer than this.
-PACE = Pace(epoch_s=0.001, ack_limit_s=0.5, beat_s=0.001, live_passes=3, live_rest_pages=100)
+PACE = Pace(policy=Policy.FIXED, epoch_s=0.001, ack_limit_s=0.5, beat_s=0.001, live_passes=3, live_rest_pages=100)
 
 
 class Bench:
     """An engine with its fakes, turned by hand."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, pace: Pace = PACE) -> None:
         ours, theirs = tcp_pair()
         self.clock, self.qemu, self.gate, self.memory = Clock(), FakeQemu(), FakeGate(), FakeMemory()
         self.peer, self.control, self.watchdog, self.pidfd = Peer(theirs), FakeControl(), FakeWatchdog(), Bell()
         self.buffers, self.mirror = FakeBuffers(self.qemu.sent), FakeMirror(DISKS)
-        self.loop = EpochLoop(PACE, self.clock.now)
+        self.note, self.activity = FakeNote(self.qemu.sent), FakeActivity()
+        self.loop = EpochLoop(pace, self.clock.now)
         self.engine = PrimaryEngine(
             generation=GENERATION, loop=self.loop, memory=self.memory, monitor=self.qemu, gate=self.gate,
             talk=Conversation(self.qemu, self.gate, self.buffers, b'{"id":"save"}\n',
                               lambda message: message["event"] if message["event"].startswith("BLOCK_JOB") else ""),
             buffers=self.buffers, mirror=self.mirror, fixed=iter([write(2, 0, b"config")]), shallow={1},
-            log_limit=LOG_LIMIT,
-            link=Link(ours, GENERATION, LIMIT), control=self.control, pidfd=self.pidfd.fileno(),
-            watchdog=self.watchdog, stats=EpochLog(str(folder / "epochs.jsonl"), self.clock), frame_limit=LIMIT,
-            clock=self.clock)
+            log_limit=LOG_LIMIT, link=Link(ours, GENERATION, LIMIT), note=self.note, activity=self.activity,
+            control=self.control, pidfd=self.pidfd.fileno(), watchdog=self.watchdog, frame_limit=LIMIT,
+            stats=EpochLog(str(folder / "epochs.jsonl"), self.clock), clock=self.clock)
         # The clock stands still, so a turn must not wait by it: only for what is on its way already.
         self.engine._patience = lambda: 0.002
 
@@ -114,7 +119,8 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 def test_the_first_copy_goes_out_before_anything_is_held(bench: Bench) -> None:
     bench.copy()
     assert set(bench.peer.kinds()) == {"PRELOAD", "DISK_PRELOAD"}
-    assert [sent for sent in bench.qemu.sent if sent != "transaction"] == ["install", "barrier", "save"]
+    assert [sent for sent in bench.qemu.sent if sent != "transaction"] == [
+        "note: held", "install", "barrier", "save"]
     assert bench.watchdog.armed
 
 
@@ -137,6 +143,38 @@ def test_an_epoch_goes_out_whole_and_in_order_and_its_output_waits(bench: Bench)
     assert "release" not in bench.qemu.sent and bench.control.told == []
     bench.acknowledge(1)
     assert bench.qemu.sent.count("release") == 1 and bench.control.told == ["protected"]
+
+
+def test_what_the_guest_sends_brings_the_next_checkpoint_and_its_sign_is_used_up(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, dataclasses.replace(PACE, policy=Policy.EVENT))
+    bench.checkpoint()
+    bench.turn(10)
+    assert bench.loop.phase is Phase.RUNNING, "nothing was sent"
+    bench.activity.ring()
+    bench.turn()
+    assert bench.loop.phase is Phase.STOPPING and not bench.activity.rings()
+    bench.activity.ring()
+    bench.stop_guest()
+    bench.begin_state()
+    bench.end_save()
+    bench.acknowledge(2)
+    assert bench.loop.phase is Phase.STOPPING and bench.loop.epoch == 3, "sent after the barrier: the next epoch's"
+
+
+def test_processors_are_looked_at_while_output_is_gathered(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, dataclasses.replace(PACE, policy=Policy.ADAPTIVE))
+    bench.checkpoint()
+    bench.activity.ring()
+    bench.turn()
+    assert bench.loop.phase is Phase.RUNNING
+    bench.clock.now += 0.003
+    bench.turn()
+    assert bench.loop.phase is Phase.RUNNING, "they are busy: more may come"
+    bench.activity.is_asleep = True
+    bench.turn()
+    bench.clock.now += 0.0005
+    bench.turn()
+    assert bench.loop.phase is Phase.STOPPING
 
 
 def test_an_acknowledgement_of_another_epoch_releases_nothing(bench: Bench) -> None:
@@ -279,6 +317,61 @@ def test_the_agents_fence_ends_it_with_the_output_held(bench: Bench) -> None:
     assert bench.loop.phase is Phase.FENCED and bench.buffers.installed
     assert bench.control.reports[-1] == {"event": "fenced", "reason": "generation 8 is over"}
     assert bench.qemu.sent.count("release") == released
+
+
+# The note
+
+
+def holding(bench: Bench) -> None:
+    """The backup is lost, and nobody answers."""
+    bench.checkpoint()
+    bench.peer.close()
+    bench.turn()
+    if bench.loop.phase is Phase.STOPPING:
+        bench.stop_guest()
+        bench.begin_state()
+        bench.end_save()
+    assert bench.loop.phase is Phase.HOLDING
+
+
+def test_the_note_says_that_the_guest_is_frozen_before_it_is(bench: Bench) -> None:
+    holding(bench)
+    assert bench.note.text == "held"
+    bench.clock.now += HOLD_LIMIT_S + 1
+    bench.turn(1)
+    assert bench.qemu.sent[-2:] == ["note: frozen", "stop"]
+
+
+def test_a_guest_is_frozen_in_time_even_if_no_note_can_be_left(bench: Bench) -> None:
+    holding(bench)
+    bench.note.failure = FtvmError("no space left")
+    bench.clock.now += HOLD_LIMIT_S + 1
+    bench.turn(1)
+    assert bench.qemu.sent[-1] == "stop" and bench.note.text == "held"
+
+
+@pytest.mark.parametrize("end", ["grant", "refusal", "stop", "fence", "shutdown"])
+def test_a_planned_end_leaves_no_note(bench: Bench, end: str) -> None:
+    holding(bench)
+    assert bench.note.text == "held"
+    {"grant": lambda: bench.control.grant(True), "refusal": lambda: bench.control.grant(False),
+     "stop": lambda: bench.control.give("stop", reason="x"), "fence": lambda: bench.control.give("fence", reason="x"),
+     "shutdown": lambda: bench.qemu.event("SHUTDOWN")}[end]()
+    bench.engine.run()
+    assert bench.note.text is None
+
+
+def test_an_engine_that_fails_leaves_its_note(bench: Bench) -> None:
+    holding(bench)
+    bench.qemu.command = refuse
+    bench.clock.now += HOLD_LIMIT_S + 1
+    with pytest.raises(QemuError):
+        bench.engine.run()
+    assert bench.note.text == "frozen"
+
+
+def refuse(command: str, **arguments: Any) -> Any:
+    raise QemuError(command, "not now")
 
 
 def test_an_order_that_is_unknown_changes_nothing(bench: Bench) -> None:

@@ -1,0 +1,187 @@
+"""The benchmark's arithmetic: from what was measured to what bench.json and the table say. PURE."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ftvm_lab.bench_work import Outcome
+from ftvm_lab.figures import quantile
+
+UNPROTECTED = "unprotected"
+POLICIES = ("fixed", "event", "adaptive")
+PAGE = 4096
+#: What a checkpoint consists of, in its order; as engine/stats.py names them.
+STAGES = ("stop", "rest", "capture", "resume", "ship", "ack")
+#: At most so many checkpoints of a workload are kept for the plots.
+SAMPLES = 400
+
+Row = dict[str, Any]
+#: workload -> policy -> row
+Rows = dict[str, dict[str, Row]]
+
+
+@dataclass(frozen=True, slots=True)
+class Epochs:
+    """The checkpoints of a time, one entry each in every list. wire_bytes: what memory and devices took on the link."""
+
+    pause_ms: list[float] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    epoch_ms: list[float] = field(default_factory=list)
+    wire_bytes: list[int] = field(default_factory=list)
+    #: By stage.
+    stages_ms: dict[str, list[float]] = field(default_factory=dict)
+
+
+def epochs_between(text: str, start: float, end: float) -> Epochs:
+    """From the engine's statistics, those lines that tell of nothing but the time from `start` to `end` (wall clock).
+
+    A line is written a second after the last one, or later. The last line may be cut, and is left out.
+    """
+    rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    befores = [0.0, *(row["at"] for row in rows)]
+    inside = [row for before, row in zip(befores, rows, strict=False) if start <= max(before, row["at"] - 1.5)
+              and row["at"] <= end]
+
+    def column(name: str) -> list[Any]:
+        return [value for row in inside for value in row[name]]
+
+    return Epochs(
+        pause_ms=column("pause_ms"),
+        pages=column("pages"),
+        epoch_ms=column("epoch_ms"),
+        wire_bytes=column("wire_bytes"),
+        stages_ms={stage: column(f"{stage}_ms") for stage in STAGES},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What the hosts' kernels have counted, at a moment (wall clock). By the names of the parts."""
+
+    at: float
+    cpu_s: Mapping[str, float]
+    rss_mib: Mapping[str, float]
+    #: Sent by the primary's host to the network that the epochs go over.
+    link_bytes: int = 0
+
+
+def row(outcome: Outcome, before: Snapshot, after: Snapshot, epochs: Epochs, base: Row | None) -> Row:
+    """One workload under one policy. base: the same unprotected; None: it is this one."""
+    seconds = max(after.at - before.at, 1e-3)
+    found: Row = {
+        "throughput": round(outcome.throughput, 3),
+        "unit": outcome.unit,
+        "throughput_ratio": 1.0 if base is None else _ratio(outcome.throughput, base["throughput"]),
+        "rtt_ms_p50": outcome.rtt_ms_p50,
+        "rtt_ms_p99": outcome.rtt_ms_p99,
+        "errors": outcome.errors,
+        "curve_ms": outcome.curve_ms,
+        "seconds": round(seconds, 2),
+        "cores": {name: round((value - before.cpu_s[name]) / seconds, 4)
+                  for name, value in after.cpu_s.items() if name in before.cpu_s},
+        "rss_mib": {name: round(value, 1) for name, value in after.rss_mib.items()},
+    }
+    if base is None:
+        return found
+    if outcome.rtt_ms_p50 is not None and base["rtt_ms_p50"] is not None:
+        found["rtt_added_ms_p50"] = round(outcome.rtt_ms_p50 - base["rtt_ms_p50"], 3)
+    link_mib_s = (after.link_bytes - before.link_bytes) / seconds / (1 << 20)
+    return found | {"link_mib_s": round(link_mib_s, 3)} | _checkpoints(epochs)
+
+
+def _checkpoints(epochs: Epochs) -> Row:
+    count = len(epochs.pages)
+    epoch_s = sum(epochs.epoch_ms) / 1000
+    return {
+        "checkpoints": count,
+        "pause_ms_p50": round(quantile(epochs.pause_ms, 0.5), 3),
+        "pause_ms_p99": round(quantile(epochs.pause_ms, 0.99), 3),
+        "pause_share": _ratio(sum(epochs.pause_ms) / 1000, epoch_s),
+        "epoch_ms_p50": round(quantile(epochs.epoch_ms, 0.5), 3),
+        "pages_p50": quantile(epochs.pages, 0.5),
+        "pages_p99": quantile(epochs.pages, 0.99),
+        "wire_bytes_p50": quantile(epochs.wire_bytes, 0.5),
+        "wire_ratio": _ratio(sum(epochs.wire_bytes), sum(epochs.pages) * PAGE),
+        "stages_ms_p50": {stage: round(quantile(took, 0.5), 3) for stage, took in epochs.stages_ms.items()},
+        "samples": thinned(list(zip(epochs.pages, epochs.pause_ms, strict=True)), SAMPLES),
+    }
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return round(part / whole, 4) if whole else None
+
+
+def thinned(values: Sequence[tuple[int, float]], most: int) -> list[tuple[int, float]]:
+    """At most so many of them, evenly."""
+    step = max(1, -(-len(values) // most))
+    return list(values[::step])
+
+
+def line(points: Iterable[tuple[float, float]]) -> tuple[float, float] | None:
+    """Offset and slope of the line through the points, by the median of slopes (Theil and Sen): a pause that somebody
+    else's work made long must not tilt it. None for fewer than two different places."""
+    ordered = thinned_pairs(sorted(points))
+    slopes = [(y - b) / (x - a) for place, (a, b) in enumerate(ordered) for x, y in ordered[place + 1:] if x > a]
+    if not slopes:
+        return None
+    slope = quantile(slopes, 0.5)
+    return quantile([y - slope * x for x, y in ordered], 0.5), slope
+
+
+def thinned_pairs(points: Sequence[tuple[float, float]], most: int = 300) -> list[tuple[float, float]]:
+    return list(points[:: max(1, -(-len(points) // most))])
+
+
+def pause_fit(rows: Rows) -> Row | None:
+    """What a pause costs, over all workloads and policies: without pages, with a hundred, and each page."""
+    points = [(float(pages), pause) for policies in rows.values() for found in policies.values()
+              for pages, pause in found.get("samples", ())]
+    fitted = line(points)
+    if fitted is None:
+        return None
+    offset, slope = fitted
+    return {
+        "no_pages_ms": round(offset, 3),
+        "at_100_pages_ms": round(offset + 100 * slope, 3),
+        "per_page_us": round(slope * 1000, 3),
+        "checkpoints": len(points),
+    }
+
+
+#: Column of the table -> field of a row, and its form.
+COLUMNS = (
+    ("ratio", "throughput_ratio", "{:.2f}"),
+    ("p50 ms", "rtt_ms_p50", "{:.2f}"),
+    ("p99 ms", "rtt_ms_p99", "{:.1f}"),
+    ("pause p50", "pause_ms_p50", "{:.2f}"),
+    ("p99", "pause_ms_p99", "{:.1f}"),
+    ("epoch p50", "epoch_ms_p50", "{:.1f}"),
+    ("pages", "pages_p50", "{:.0f}"),
+    ("wire", "wire_ratio", "{:.2f}"),
+)
+CORES = ("guest", "engine", "backup_engine", "backup_guest")
+
+
+def table(rows: Rows) -> str:
+    """For a person; '-' where there is nothing to say."""
+    heads = ["workload", "policy", "throughput", *(title for title, _, _ in COLUMNS), *(f"{name} %" for name in CORES)]
+    lines = [heads]
+    for name, policies in rows.items():
+        for policy, found in policies.items():
+            rate = f"{found['throughput']:.1f} {found['unit']}"
+            cores = [_said(found["cores"].get(part), "{:.1%}").rstrip("%") for part in CORES]
+            lines.append([name, policy, rate, *(_said(found.get(key), form) for _, key, form in COLUMNS), *cores])
+    widths = [max(len(cells[place]) for cells in lines) for place in range(len(heads))]
+    return "\n".join("  ".join(
+        cell.ljust(width) if place < 2 else cell.rjust(width)
+        for place, (cell, width) in enumerate(zip(cells, widths, strict=True))).rstrip() for cells in lines)
+
+
+def _said(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def drift(rows: Rows, again: Mapping[str, Outcome]) -> dict[str, float | None]:
+    """How far the machine itself changed: the unprotected guest's throughput at the end over that at first."""
+    return {name: _ratio(outcome.throughput, rows[name][UNPROTECTED]["throughput"]) for name, outcome in again.items()}

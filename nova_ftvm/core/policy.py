@@ -1,0 +1,69 @@
+"""When to take the next checkpoint: the epoch policies. PURE functions of what the loop has measured.
+
+    fixed      every so often, whatever happens          Remus (NSDI 2008), QEMU Micro-Checkpointing (2013)
+    event      as soon as the guest has sent something   Kemari (VTDC 2008)
+    adaptive   when what the guest had to say is said    ours, the default
+
+A reply waits until the epoch that holds it is committed, so a checkpoint is late as soon as output waits, and is work
+for nothing before. `adaptive` gathers: while a processor of the guest is busy, more output may come that the same
+checkpoint carries; when all sleep, the guest has said what it had to say, and to stop it costs nothing. Two bounds
+keep it from the extremes: between two pauses the guest has its share of the time, and output never waits for long.
+"""
+
+import dataclasses
+import enum
+
+#: The processors' sleep is believed when it has lasted for so long: between two requests they nod off for a moment.
+_ASLEEP_S = 150e-6
+#: The guest's share of the time when it does nothing but send: it runs at least this many times as long as it stood.
+_SHARE = 1.0
+#: Output of a busy guest is gathered for so many pauses, within the bounds: then the pause is a small part of the time.
+_GATHER_PAUSES = 6.0
+_GATHER_S = (2e-3, 40e-3)
+#: Nothing to say: a checkpoint only bounds what the next one has to carry. So many pauses apart, within the bounds.
+_QUIET_PAUSES = 50.0
+_QUIET_S = (0.2, 1.0)
+
+
+class Policy(enum.StrEnum):
+    FIXED = "fixed"
+    EVENT = "event"
+    ADAPTIVE = "adaptive"
+
+
+@dataclasses.dataclass(slots=True)
+class Measured:
+    """What the loop knows between two checkpoints. Times are of its clock, durations in seconds."""
+
+    #: The guest runs since.
+    resumed: float
+    #: How long it stood still at the last checkpoint.
+    pause_s: float = 0.0
+    #: Since when output waits that no checkpoint covers.
+    output_since: float | None = None
+    #: Since when all processors of the guest have slept, as far as was looked.
+    asleep_since: float | None = None
+
+
+def due(policy: Policy, epoch_s: float, seen: Measured) -> float:
+    """The time of the next checkpoint, if nothing more is seen until then. epoch_s: what `fixed` keeps to."""
+    if policy is Policy.FIXED:
+        return seen.resumed + epoch_s
+    quiet = seen.resumed + _within(_QUIET_PAUSES * seen.pause_s, _QUIET_S)
+    if seen.output_since is None:
+        return quiet
+    if policy is Policy.EVENT:
+        return seen.output_since
+    gathered = seen.output_since + _within(_GATHER_PAUSES * seen.pause_s, _GATHER_S)
+    if seen.asleep_since is not None:
+        gathered = min(gathered, seen.asleep_since + _ASLEEP_S)
+    return min(max(gathered, seen.resumed + _SHARE * seen.pause_s), quiet)
+
+
+def watches(policy: Policy, seen: Measured) -> bool:
+    """Does it matter now whether the guest's processors sleep?"""
+    return policy is Policy.ADAPTIVE and seen.output_since is not None
+
+
+def _within(value: float, bounds: tuple[float, float]) -> float:
+    return min(max(value, bounds[0]), bounds[1])

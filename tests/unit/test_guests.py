@@ -1,0 +1,131 @@
+"""host/guests.py: what is done to a guest in its engine's place, and never to one that somebody else paused."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nova_ftvm.exception import GuestGone
+from nova_ftvm.host import note
+from nova_ftvm.host.guests import Guests, release
+from nova_ftvm.host.note import NoteFile
+from tests.unit.engine_fakes import FakeQemu
+
+SERVER = "server"
+
+
+class Here(Guests):
+    """With a QEMU of the test's, and a libvirt that only resumes and destroys."""
+
+    def __init__(self, folder: Path, status: str) -> None:
+        super().__init__(str(folder), (os.geteuid(), os.getegid()), "test:///")
+        self.make_folder(SERVER)
+        self.qemu = FakeQemu()
+        self.qemu.answers["query-status"] = [{"status": status}]
+        for query in ("qom-list", "query-jobs", "query-named-block-nodes"):
+            self.qemu.answers[query] = [[]]
+        self.done: list[str] = []
+        self.libvirt_is_away = False
+
+    @contextlib.contextmanager
+    def _monitor(self, instance_id: str) -> Iterator[Any]:
+        if self.qemu.gone:
+            raise GuestGone("no monitor")
+        yield self.qemu
+
+    def _libvirt(self, call: Callable[[Any], Any]) -> Any:
+        if self.libvirt_is_away:
+            raise GuestGone("libvirt cannot be reached")
+        return call(self)
+
+    # host.libvirt.Host, for `_libvirt`
+
+    def resume(self, instance_id: str) -> None:
+        self.done.append("resume")
+        self.qemu.answers["query-status"] = [{"status": "running"}]
+
+    def note(self, frozen: bool = False) -> None:
+        NoteFile(self.folder(SERVER), "pair", 3, SERVER, os.getpid()).leave(frozen)
+
+    @property
+    def noted(self) -> bool:
+        return note.find(self.folder(SERVER)) is not None
+
+
+def test_a_guest_that_a_dead_engine_froze_runs_again_once_its_output_is_let_go(tmp_path: Path) -> None:
+    here = Here(tmp_path, "paused")
+    here.note(frozen=True)
+    here.let_go(SERVER)
+    assert here.qemu.sent.index("cont") > here.qemu.sent.index("qom-list") and not here.noted
+
+
+@pytest.mark.parametrize(("status", "frozen"), [
+    ("paused", False), ("running", True), ("guest-panicked", True), ("io-error", True)])
+def test_a_guest_that_no_engine_paused_stays_as_it_is(tmp_path: Path, status: str, frozen: bool) -> None:
+    here = Here(tmp_path, status)
+    here.note(frozen)
+    here.let_go(SERVER)
+    assert "cont" not in here.qemu.sent and not here.noted
+
+
+def test_a_paused_guest_without_a_note_is_somebody_elses(tmp_path: Path) -> None:
+    here = Here(tmp_path, "paused")
+    release(here.qemu, here.folder(SERVER))  # type: ignore[arg-type]
+    assert "cont" not in here.qemu.sent
+
+
+def test_a_guest_that_cannot_be_let_go_keeps_its_note(tmp_path: Path) -> None:
+    here = Here(tmp_path, "running")
+    here.note()
+    here.qemu.gone = True
+    with pytest.raises(GuestGone):
+        here.let_go(SERVER)
+    assert here.noted
+
+
+def test_a_guest_that_is_destroyed_takes_its_note_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Here(tmp_path, "running")
+    here.note()
+    here.libvirt_is_away = True
+    with pytest.raises(GuestGone):
+        here.destroy(SERVER)
+    assert here.noted
+    monkeypatch.setattr(Here, "_libvirt", lambda self, call: True)
+    assert here.destroy(SERVER) and not here.noted
+
+
+# A promotion in a dead engine's place
+
+
+def test_a_guest_that_runs_is_promoted_and_announced(tmp_path: Path) -> None:
+    here = Here(tmp_path, "running")
+    assert here.finish_promotion(SERVER)
+    assert here.done == [] and here.qemu.sent[-1] == "announce-self"
+
+
+def test_a_guest_that_has_its_checkpoint_is_resumed(tmp_path: Path) -> None:
+    here = Here(tmp_path, "paused")
+    assert here.finish_promotion(SERVER) and here.done == ["resume"]
+
+
+@pytest.mark.parametrize("status", ["inmigrate", "guest-panicked", "shutdown"])
+def test_what_waits_for_its_checkpoint_or_has_ended_is_not_promoted(tmp_path: Path, status: str) -> None:
+    here = Here(tmp_path, status)
+    assert not here.finish_promotion(SERVER)
+    assert here.done == [] and "announce-self" not in here.qemu.sent
+
+
+def test_a_guest_that_is_gone_is_not_promoted(tmp_path: Path) -> None:
+    here = Here(tmp_path, "running")
+    here.qemu.gone = True
+    assert not here.finish_promotion(SERVER)
+
+
+def test_a_guest_that_libvirt_does_not_resume_is_told_as_such(tmp_path: Path) -> None:
+    here = Here(tmp_path, "paused")
+    here.libvirt_is_away = True
+    with pytest.raises(GuestGone):
+        here.finish_promotion(SERVER)

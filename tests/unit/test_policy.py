@@ -1,0 +1,125 @@
+"""core/policy.py: when the next checkpoint is due, on a clock of the test's own."""
+
+import pytest
+
+from nova_ftvm.core.policy import Measured, Policy, due, watches
+
+EPOCH_S = 0.05
+#: A step of the simulated time, shorter than anything that the policies tell apart.
+STEP_S = 50e-6
+
+
+class Guest:
+    """Sends at given times, and its processors are busy at others; a checkpoint stops it for `pause_s`."""
+
+    def __init__(self, policy: Policy, pause_s: float = 0.004) -> None:
+        self.policy = policy
+        self.pause_s = pause_s
+        self.now = 0.0
+        self.busy_until = 0.0
+        self.seen = Measured(0.0, pause_s)
+        self.checkpoints: list[float] = []
+        #: How long each output waited for a checkpoint.
+        self.waits: list[float] = []
+        self._sent: list[float] = []
+
+    def send(self, busy_s: float = 0.0) -> None:
+        self._sent.append(self.now)
+        self.busy_until = max(self.busy_until, self.now + busy_s)
+        if self.seen.output_since is None:
+            self.seen.output_since = self.now
+
+    def run(self, until: float) -> None:
+        while self.now < until:
+            self.now += STEP_S
+            if watches(self.policy, self.seen):
+                asleep = self.now >= self.busy_until
+                self.seen.asleep_since = (self.seen.asleep_since or self.now) if asleep else None
+            if self.now >= due(self.policy, EPOCH_S, self.seen):
+                self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        self.checkpoints.append(self.now)
+        self.waits += [self.now - sent for sent in self._sent]
+        self._sent = []
+        self.now += self.pause_s
+        self.busy_until += self.pause_s
+        self.seen = Measured(self.now, self.pause_s)
+
+
+def test_fixed_keeps_to_its_clock_whatever_is_sent() -> None:
+    guest = Guest(Policy.FIXED)
+    for number in range(100):
+        guest.send()
+        guest.run(0.01 * (number + 1))
+    gaps = {round(later - earlier, 3) for earlier, later in zip(guest.checkpoints, guest.checkpoints[1:], strict=False)}
+    assert gaps == {round(EPOCH_S + guest.pause_s, 3)}
+
+
+def test_event_stops_the_guest_for_each_output() -> None:
+    guest = Guest(Policy.EVENT)
+    for number in range(20):
+        guest.send(busy_s=0.02)
+        guest.run(0.01 * (number + 1))
+    assert len(guest.checkpoints) == 20 and max(guest.waits) <= 2 * STEP_S
+
+
+def test_adaptive_takes_a_reply_at_once_when_the_guest_has_gone_to_sleep() -> None:
+    guest = Guest(Policy.ADAPTIVE)
+    guest.run(0.05)
+    guest.send(busy_s=0.001)
+    guest.run(0.06)
+    assert len(guest.checkpoints) == 1 and 0.001 < max(guest.waits) < 0.0015
+
+
+def test_adaptive_gathers_what_a_busy_guest_sends() -> None:
+    guest = Guest(Policy.ADAPTIVE)
+    guest.run(0.05)
+    for number in range(16):
+        guest.send(busy_s=0.001)
+        guest.run(0.05 + 0.0005 * (number + 1))
+    guest.run(0.08)
+    assert len(guest.checkpoints) == 1 and len(guest.waits) == 16
+
+
+def test_adaptive_lets_no_output_of_a_busy_guest_wait_for_long() -> None:
+    guest = Guest(Policy.ADAPTIVE)
+    guest.busy_until = 1e9
+    for number in range(1000):
+        guest.send()
+        guest.run(0.001 * (number + 1))
+    assert max(guest.waits) < 0.05
+    assert sum(guest.pause_s for _ in guest.checkpoints) < 0.2 * guest.now, "the pause is a small part of the time"
+
+
+@pytest.mark.parametrize("pause_s", [0.002, 0.02, 0.2])
+def test_adaptive_leaves_the_guest_half_of_the_time_whatever_it_sends(pause_s: float) -> None:
+    guest = Guest(Policy.ADAPTIVE, pause_s)
+    for _ in range(200):
+        guest.send()
+        guest.run(guest.now + pause_s / 4)
+    paused = sum(guest.pause_s for _ in guest.checkpoints)
+    assert 0.2 * guest.now < paused <= 0.5 * guest.now + pause_s
+
+
+@pytest.mark.parametrize("policy", [Policy.EVENT, Policy.ADAPTIVE])
+def test_a_guest_that_says_nothing_is_stopped_seldom_and_never_forgotten(policy: Policy) -> None:
+    guest = Guest(policy)
+    guest.run(20.0)
+    gaps = [later - earlier for earlier, later in zip(guest.checkpoints, guest.checkpoints[1:], strict=False)]
+    assert max(gaps) < 1.1 and guest.pause_s * len(gaps) < 0.03 * guest.now
+
+
+@pytest.mark.parametrize("policy", list(Policy))
+def test_something_is_always_due(policy: Policy) -> None:
+    for pause_s in (0.0, 1e-6, 0.004, 1.0, 100.0):
+        for output_since in (None, 4.0, 5.5):
+            for asleep_since in (None, 5.5):
+                when = due(policy, EPOCH_S, Measured(5.0, pause_s, output_since, asleep_since))
+                assert 4.0 <= when <= 6.0 + EPOCH_S
+
+
+def test_nobody_looks_at_processors_that_do_not_matter() -> None:
+    talking, silent = Measured(0.0, 0.0, output_since=1.0), Measured(0.0)
+    assert [watches(policy, talking) for policy in Policy] == [False, False, True]
+    assert not any(watches(policy, silent) for policy in Policy)
