@@ -34,6 +34,9 @@ class Fault(enum.Enum):
     LOADED = "loaded"
 
 
+#: What the engine's log has when it is done.
+TRIPPED = b"the fault is tripped\n"
+
 _HANG_S = 3600.0
 _armed, _how, _after = (*os.environ.get("FTVM_FAULT", "").split(":"), "", "", "")[:3]
 _left = int(_after or 0)
@@ -46,7 +49,9 @@ def trip(point: Fault) -> None:
         return
     if _left:
         _left -= 1
-    elif _how == "hang":
+        return
+    os.write(2, TRIPPED)
+    if _how == "hang":
         time.sleep(_HANG_S)
     else:
         os.kill(os.getpid(), signal.SIGSTOP if _how == "stop" else signal.SIGKILL)

@@ -27,6 +27,7 @@ import numpy as np
 
 from nova_ftvm.conf import engine as engine_conf
 from nova_ftvm.core import dirty
+from nova_ftvm.engine.faults import TRIPPED
 from nova_ftvm.host import procmem, qmp
 from nova_ftvm.host.disks import AttendedMonitor
 from nova_ftvm.host.netbuf import OutputBuffers, interfaces
@@ -383,6 +384,10 @@ class Engine:
 
     def order(self, what: str, **facts: Any) -> None:
         self._socket.send(json.dumps({"do": what, **facts}).encode() + b"\n")
+
+    def has_tripped(self) -> bool:
+        """Has its fault come?"""
+        return TRIPPED in self.log.read_bytes()
 
     def resident_mib(self) -> float:
         """RAM that the process has."""
