@@ -6,6 +6,7 @@ pages   uint8, contiguous: the contents, in the order of the runs
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -81,6 +82,15 @@ def split(runs: np.ndarray, most_pages: int) -> list[np.ndarray]:
         parts[-1].append((first, length))
         room -= length
     return [np.array(part, np.uint32) for part in parts]
+
+
+def parts(pages: Pages, most_pages: int) -> Iterator[Pages]:
+    """The same pages in the same order, in parts of at most `most_pages`; the contents are not copied."""
+    done = 0
+    for runs in split(pages.runs, most_pages):
+        length = count(runs) * PAGE
+        yield Pages(pages.block, runs, pages.contents[done:done + length])
+        done += length
 
 
 def join(first: np.ndarray, second: np.ndarray) -> np.ndarray:

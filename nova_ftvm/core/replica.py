@@ -8,10 +8,12 @@ DISK_PRELOAD) is written at once: without a committed epoch there is nothing tha
 import dataclasses
 from collections.abc import Sequence
 
-from nova_ftvm.core import dirty, wire
+import numpy as np
+
+from nova_ftvm.core import delta, dirty, wire
 from nova_ftvm.core.disk import DiskWrite
 from nova_ftvm.exception import ProtocolError
-from nova_ftvm.types import Buffer, Disk, Epoch, RamBlock
+from nova_ftvm.types import PAGE, Buffer, Disk, Epoch, RamBlock
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,6 +48,9 @@ class Replica:
         self._disks = disks
         self.committed = Epoch(0)
         self.device_state = b""
+        self._sent_before = delta.Memory()
+        #: The device state's pages as they were sent last, each: changes are against these.
+        self._state_pages = np.zeros((0, PAGE), np.uint8)
         self._forget()
 
     def on_frame(self, frame: wire.Frame) -> tuple[Action, ...]:
@@ -56,6 +61,10 @@ class Replica:
             raise ProtocolError(f"{frame.kind.name} of epoch {frame.epoch} after epoch {self.committed}")
         if frame.kind is wire.Kind.PAGES:
             self._staged.append(wire.decode_pages(frame, self._blocks))
+        elif frame.kind is wire.Kind.CHANGES:
+            self._staged.append(wire.decode_changes(frame, self._blocks, self._sent_before))
+        elif frame.kind is wire.Kind.DEVICE_CHANGES:
+            self._staged_changes.append(wire.decode_device_changes(frame, self._blocks, self._sent_before))
         elif frame.kind is wire.Kind.DISK:
             self._staged_writes += wire.decode_disk(frame, self._disks)
             self._disk_frames += 1
@@ -76,20 +85,32 @@ class Replica:
 
     def _commit(self, frame: wire.Frame) -> tuple[Action, ...]:
         expected = wire.decode_commit(frame)
-        staged = (len(self._staged) + len(self._staged_state) + self._disk_frames,
+        staged = (len(self._staged) + len(self._staged_state) + len(self._staged_changes) + self._disk_frames,
                   sum(pages.count for pages in self._staged), len(self._staged_writes))
         if staged != expected:
             raise ProtocolError(f"epoch {frame.epoch} has {expected} frames, pages and disk writes, {staged} arrived")
-        if not self._staged_state:
+        if not self._staged_state and not self._staged_changes:
             raise ProtocolError(f"epoch {frame.epoch} has no device state")
         write, disks = Write(tuple(self._staged)), WriteDisks(tuple(self._staged_writes))
-        self.device_state = b"".join(self._staged_state)
+        self.device_state = self._new_state()
         self.committed = frame.epoch
         self._forget()
         return (write, disks, Acknowledge(frame.epoch)) if disks.writes else (write, Acknowledge(frame.epoch))
 
+    def _new_state(self) -> bytes:
+        if self._staged_state:
+            return b"".join(self._staged_state)
+        length = self._staged_changes[-1][0]
+        missing = -(-length // PAGE) - len(self._state_pages)
+        if missing > 0:
+            self._state_pages = np.concatenate((self._state_pages, np.zeros((missing, PAGE), np.uint8)))
+        for _, pages in self._staged_changes:
+            self._state_pages[dirty.expand(pages.runs)] = pages.contents.reshape(-1, PAGE)
+        return self._state_pages.reshape(-1)[:length].tobytes()
+
     def _forget(self) -> None:
         self._staged: list[dirty.Pages] = []
         self._staged_state: list[Buffer] = []
+        self._staged_changes: list[tuple[int, dirty.Pages]] = []
         self._staged_writes: list[DiskWrite] = []
         self._disk_frames = 0

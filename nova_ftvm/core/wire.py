@@ -2,7 +2,7 @@
 
     0       4    5    6       8            16           24       28       32
     | magic |ver |kind| zero  | generation |   epoch    | length | crc32  | payload ...
-      FTVM    3    u8   u16      u64           u64         u32      u32      length bytes      (big endian)
+      FTVM    4    u8   u16      u64           u64         u32      u32      length bytes      (big endian)
 
 crc32 covers the first 28 bytes and the payload. A frame that is too long, of another version, damaged, or of
 another generation raises, and the decoder gives nothing more: the connection must be closed.
@@ -13,14 +13,18 @@ another generation raises, and the decoder gives nothing more: the connection mu
       | WELCOME  JSON: disks on the same base ->  |
       |     <- PRELOAD, DISK_PRELOAD ...         |   copied while the guest runs; no epoch yet
       |     <- DISK ... PAGES ... DEVICE ... COMMIT  one epoch; whole at COMMIT. DISK comes while the guest runs
-      | ACK (epoch)                       ->     |   only AFTER the epoch is applied
+      | ACK (epoch)                       ->     |   only AFTER the epoch is here, whole
       | BEAT                             <->     |   a sign of life
       |     <- GUEST_GONE  QEMU ended by itself  |
       |     <- HAND_OVER  the guest moves        |   a planned failover; the primary holds its output
       |     <- BYE  a planned end                |
 
+PAGES and DEVICE may come as CHANGES and DEVICE_CHANGES: only what changed since it was sent last.
+
 PRELOAD and PAGES:  block u16 | zero u16 | runs u32 | runs x (first page u32, pages u32) little endian | contents
 DISK_PRELOAD and DISK:  writes u32 | zero u32 | writes x (disk u16, op u16, length u32, offset u64) | contents
+CHANGES:            block u16 | zero u16 | runs u32 | runs | masks | words, see core/delta.py
+DEVICE_CHANGES:     length u32 | CHANGES of the state as pages, of the block after the last
 COMMIT:             frames u32 | pages u64 | disk writes u64
 """
 
@@ -36,12 +40,12 @@ from typing import Any
 
 import numpy as np
 
-from nova_ftvm.core import dirty
+from nova_ftvm.core import delta, dirty
 from nova_ftvm.core.disk import DiskOp, DiskWrite, split
 from nova_ftvm.exception import ProtocolError, StaleGeneration
 from nova_ftvm.types import PAGE, Buffer, Disk, Epoch, Generation, RamBlock
 
-VERSION = 3
+VERSION = 4
 CHALLENGE_BYTES = 32
 #: Longest frame that is read from a peer that has not proved itself yet.
 GREETING_LIMIT = 1 << 16
@@ -53,7 +57,9 @@ _PAGES = struct.Struct(">HHI")
 _DISK = struct.Struct(">II")
 _WRITE = struct.Struct(">HHIQ")
 _COMMIT = struct.Struct(">IQQ")
+_STATE = struct.Struct(">I")
 HEADER_BYTES = _HEADER.size + _CRC.size
+_MOST_STATE_BYTES = 1 << 28
 
 
 class Kind(enum.IntEnum):
@@ -71,6 +77,8 @@ class Kind(enum.IntEnum):
     DISK_PRELOAD = 12
     DISK = 13
     HAND_OVER = 14
+    CHANGES = 15
+    DEVICE_CHANGES = 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -104,34 +112,93 @@ def encode(kind: Kind, generation: Generation, epoch: Epoch = Epoch(0), payload:
 
 
 def encode_pages(kind: Kind, generation: Generation, epoch: Epoch, pages: dirty.Pages,
-                 limit: int) -> Iterator[list[Buffer]]:
-    """PRELOAD or PAGES frames, each no longer than `limit`."""
+                 limit: int) -> Iterator[tuple[int, list[Buffer]]]:
+    """PRELOAD or PAGES frames, each no longer than `limit`, with the number of their pages."""
     # A run costs 8 bytes beside its pages, so a frame of one-page runs is the longest.
-    most_pages = (limit - HEADER_BYTES - _PAGES.size) // (PAGE + 8)
-    done = 0
-    contents = pages.contents.data
-    for runs in dirty.split(pages.runs, most_pages):
-        length = dirty.count(runs) * PAGE
-        meta = _PAGES.pack(pages.block, 0, len(runs)) + runs.astype("<u4").tobytes()
-        yield encode(kind, generation, epoch, (meta, contents[done:done + length]))
-        done += length
+    for part in dirty.parts(pages, (limit - HEADER_BYTES - _PAGES.size) // (PAGE + 8)):
+        meta = _meta(part.block, part.runs)
+        yield dirty.count(part.runs), encode(kind, generation, epoch, (meta, part.contents.data))
+
+
+def encode_changes(generation: Generation, epoch: Epoch, pages: dirty.Pages, memory: delta.Memory,
+                   limit: int) -> Iterator[tuple[int, list[Buffer]]]:
+    """CHANGES frames, likewise; none for what is as it was when it went last."""
+    most_pages = (limit - HEADER_BYTES - _PAGES.size) // (PAGE + 8 + delta.MASK_BYTES)
+    for part in dirty.parts(pages, most_pages):
+        shrunk = memory.shrink(part)
+        if len(shrunk.runs):
+            yield dirty.count(shrunk.runs), encode(Kind.CHANGES, generation, epoch, _changes(shrunk))
+
+
+def encode_device_changes(generation: Generation, epoch: Epoch, state: Buffer, block: int, memory: delta.Memory,
+                          limit: int) -> Iterator[list[Buffer]]:
+    """DEVICE_CHANGES frames: one at least, each no longer than `limit`. block: the number after the last."""
+    size = -(-len(state) // PAGE)
+    padded = np.zeros(size * PAGE, np.uint8)
+    padded[:len(state)] = np.frombuffer(state, np.uint8)
+    whole = dirty.Pages(block, np.array([[0, size]], np.uint32), padded)
+    most_pages = (limit - HEADER_BYTES - _STATE.size - _PAGES.size) // (PAGE + 8 + delta.MASK_BYTES)
+    for part in dirty.parts(whole, most_pages):
+        yield encode(Kind.DEVICE_CHANGES, generation, epoch,
+                     (_STATE.pack(len(state)), *_changes(memory.shrink(part))))
+
+
+def _meta(block: int, runs: np.ndarray) -> bytes:
+    return _PAGES.pack(block, 0, len(runs)) + runs.astype("<u4").tobytes()
+
+
+def _changes(shrunk: delta.Delta) -> tuple[Buffer, ...]:
+    return _meta(shrunk.block, shrunk.runs), shrunk.masks.tobytes(), shrunk.words.astype("<u8", copy=False).tobytes()
 
 
 def decode_pages(frame: Frame, blocks: Sequence[RamBlock]) -> dirty.Pages:
     """The pages of a PRELOAD or PAGES frame, checked against the table of blocks; contents are not copied."""
+    block, runs, rest = _runs(frame, blocks)
+    contents = np.frombuffer(rest, np.uint8)
+    if dirty.count(runs) * PAGE != len(contents):
+        raise ProtocolError(f"a {frame.kind.name} frame's contents do not fit its runs")
+    return dirty.Pages(block, runs, contents)
+
+
+def decode_changes(frame: Frame, blocks: Sequence[RamBlock], memory: delta.Memory) -> dirty.Pages:
+    """The whole pages of a CHANGES frame, checked against the table of blocks."""
+    return memory.grow(_shrunk(frame, blocks))
+
+
+def decode_device_changes(frame: Frame, blocks: Sequence[RamBlock], memory: delta.Memory) -> tuple[int, dirty.Pages]:
+    """(length of the device state, pages of it) of a DEVICE_CHANGES frame."""
+    payload = memoryview(frame.payload)
+    try:
+        (length,) = _STATE.unpack_from(payload)
+    except struct.error as error:
+        raise ProtocolError("a DEVICE_CHANGES frame is cut short") from error
+    if length > _MOST_STATE_BYTES:
+        raise ProtocolError(f"a device state of {length} bytes")
+    state = RamBlock("of the device state", -(-length // PAGE) * PAGE)
+    return length, memory.grow(_shrunk(dataclasses.replace(frame, payload=payload[_STATE.size:]), [*blocks, state]))
+
+
+def _shrunk(frame: Frame, blocks: Sequence[RamBlock]) -> delta.Delta:
+    block, runs, rest = _runs(frame, blocks)
+    masks = dirty.count(runs) * delta.MASK_BYTES
+    if len(rest) < masks or (len(rest) - masks) % 8:
+        raise ProtocolError(f"a {frame.kind.name} frame's contents do not fit its runs")
+    return delta.Delta(block, runs, np.frombuffer(rest[:masks], np.uint8).reshape(-1, delta.MASK_BYTES),
+                       np.frombuffer(rest[masks:], "<u8"))
+
+
+def _runs(frame: Frame, blocks: Sequence[RamBlock]) -> tuple[int, np.ndarray, memoryview]:
+    """(block, runs, what follows), checked against the table of blocks."""
     try:
         block, _, number = _PAGES.unpack_from(frame.payload)
         runs = np.frombuffer(frame.payload, "<u4", 2 * number, _PAGES.size).reshape(-1, 2)
-        contents = np.frombuffer(frame.payload, np.uint8, offset=_PAGES.size + runs.nbytes)
     except (struct.error, ValueError) as error:
         raise ProtocolError(f"a {frame.kind.name} frame is cut short") from error
     if block >= len(blocks):
         raise ProtocolError(f"a {frame.kind.name} frame names RAM block {block} of {len(blocks)}")
-    if dirty.count(runs) * PAGE != len(contents):
-        raise ProtocolError(f"a {frame.kind.name} frame's contents do not fit its runs")
     if len(runs) and int((runs[:, 0].astype(np.int64) + runs[:, 1]).max()) > blocks[block].pages:
         raise ProtocolError(f"a {frame.kind.name} frame leaves RAM block {blocks[block].name}")
-    return dirty.Pages(block, runs, contents)
+    return block, runs, memoryview(frame.payload)[_PAGES.size + runs.nbytes:]
 
 
 def fitting(writes: Iterable[DiskWrite], limit: int) -> list[DiskWrite]:

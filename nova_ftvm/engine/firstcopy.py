@@ -72,6 +72,6 @@ class FirstCopy:
         if piece is None:
             self._pieces = None
             return self._pass_pages
-        for buffers in wire.encode_pages(wire.Kind.PRELOAD, self._generation, Epoch(0), piece, self._limit):
+        for _, buffers in wire.encode_pages(wire.Kind.PRELOAD, self._generation, Epoch(0), piece, self._limit):
             self._send(buffers)
         return None

@@ -20,6 +20,7 @@ from nova_ftvm.engine.capture import Conversation, GuestEvent
 from nova_ftvm.engine.diskstream import DiskStream
 from nova_ftvm.engine.faults import Fault, trip
 from nova_ftvm.engine.firstcopy import FirstCopy
+from nova_ftvm.engine.freight import Freight
 from nova_ftvm.engine.link import Link, PeerLost
 from nova_ftvm.engine.stats import EpochLog, Stage
 from nova_ftvm.exception import FtvmError, GuestGone, MirrorLost, ProtocolError, QemuError
@@ -68,6 +69,7 @@ class PrimaryEngine:
         self._clock = clock
         self._mirror = mirror
         self._shallow = shallow
+        self._freight = Freight(generation, len(memory.blocks), frame_limit, self._send)
         self._disks = DiskStream(mirror, log_limit, generation, frame_limit, self._send)
         # An empty transaction changes nothing, and waits for the end of all disk requests; the guest runs on.
         self._copy = FirstCopy(memory, mirror, self._disks, fixed, lambda: monitor.command("transaction", actions=[]),
@@ -292,24 +294,11 @@ class PrimaryEngine:
         self._stats.mark(Stage.RESUME)
 
     def _ship(self) -> None:
-        epoch, checkpoint = self._loop.epoch, self._talk.current
+        checkpoint = self._talk.current
         trip(Fault.BEFORE_SHIP)
-        frames, wire_bytes = checkpoint.cut.frames, 0
-        for pages in checkpoint.pages:
-            for buffers in wire.encode_pages(wire.Kind.PAGES, self._generation, epoch, pages, self._limit):
-                self._send(buffers)
-                frames += 1
-                wire_bytes += sum(map(len, buffers))
-        trip(Fault.SHIPPED_HALF)
-        room = self._limit - wire.HEADER_BYTES
-        state = memoryview(checkpoint.state)
-        for start in range(0, len(state), room):
-            self._send(wire.encode(wire.Kind.DEVICE, self._generation, epoch, (state[start:start + room],)))
-            frames += 1
-        self._send(wire.encode_commit(self._generation, epoch, frames, checkpoint.page_count,
-                                      checkpoint.cut.writes))
-        self._stats.shipped(checkpoint, wire_bytes + len(state))
+        shipped = self._freight.ship(self._loop.epoch, checkpoint)
         trip(Fault.SHIPPED)
+        self._stats.shipped(checkpoint, shipped)
 
     def _fence(self) -> None:
         """QEMU ends here and now: an agent that dies meanwhile would never hear of it, and in the end the buffers' own

@@ -151,8 +151,10 @@ class CatchUp:
         self._store.mark_forced_down(source, True)
         self._cloud.force_down(source, True)
         try:
+            server = self._server(pair)
             if server.task_state in _DELETING:
-                # The order was lost with the host. Nova deletes by itself what it knows to be on a host that is down.
+                # The order was given to a host that is down, and Nova's evacuation would forget it. What is ordered
+                # from now on Nova does by itself.
                 self._cloud.delete_server(server.id)
                 raise StepFailed("evacuate", "the server is being deleted")
             if server.task_state is not None or server.vm_state != "active":

@@ -52,6 +52,7 @@ class Service:
         try:
             if time.monotonic() >= self._next_pass:
                 self._next_pass = time.monotonic() + self._settings.reconcile_interval_s
+                self._manager.arbiter.precedence.give_way(_GIVE_WAY_S)
                 self._manager.reconciler.all()
             # Together: each look reads what all hosts have reported.
             named = self._named.take_all(min(_IDLE_S, max(0.0, self._next_pass - time.monotonic())))

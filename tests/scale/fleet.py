@@ -32,7 +32,7 @@ from tests.scale.population import Member, hosts_of, members
 REPORT_INTERVAL_S = 1.0
 #: As cmd/agent.py's.
 RPC_TIMEOUT_S = 3.0
-_CALLS = 8
+_CALLS = 20
 _AGAIN_S = 0.2
 #: How long a backup takes from its grant until its guest runs.
 RESUME_S = 0.04
@@ -100,7 +100,7 @@ class Fleet:
             try:
                 self._manager.agent_report(host, {
                     "capable": True, "reason": "", "data_address": "192.0.2.1", "incarnation": "one",
-                    "engines": list(self._engines[host].values())})
+                    "engines": list(dict(self._engines[host]).values())})
                 self._latencies_ms.append((time.monotonic() - start) * 1000)
             except common.Failed:
                 self._failed += 1
@@ -136,6 +136,8 @@ class Fleet:
         start = time.monotonic()
         grant, again = _insist(lambda: ask(member))
         end = time.monotonic()
+        for host in {member.primary_host, member.backup_host} & self._engines.keys():
+            self._engines[host].pop(member.pair_id, None)
         if grant.granted and ask == self._promote:
             time.sleep(RESUME_S)
             now = time.time()
@@ -145,12 +147,10 @@ class Fleet:
                 "start": start, "end": end}
 
     def _promote(self, member: Member) -> Grant:
-        self._engines[member.backup_host].pop(member.pair_id, None)
         return self._manager.request_promotion(member.pair_id, Generation(1), member.backup_host,
                                                "no heartbeat for 320 ms")
 
     def _degrade(self, member: Member) -> Grant:
-        self._engines[member.primary_host].pop(member.pair_id, None)
         return self._manager.request_degrade(member.pair_id, Generation(1), member.primary_host,
                                              "no acknowledgement for 500 ms")
 

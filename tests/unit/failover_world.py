@@ -204,7 +204,7 @@ class FakeCloud:
             server = self.store[server_id]
             if not self.forced_down.get(server.host or ""):
                 raise CloudRefused("evacuate", 409, f"the compute service of {server.host} is in use")
-            if server.task_state is not None or server.vm_state != "active":
+            if server.task_state not in (None, "deleting") or server.vm_state != "active":
                 raise CloudRefused("evacuate", 409, f"{server.vm_state}, {server.task_state}")
             self.alter(server_id, task_state="rebuilding")
             self._due.append((self.clock.now() + EVACUATION_S, lambda: self._evacuated(server_id, host)))

@@ -35,7 +35,7 @@ def join(buffers: list[Buffer]) -> bytes:
 
 
 def page_frames(kind: wire.Kind, epoch: int, some: dirty.Pages, limit: int = LIMIT) -> list[bytes]:
-    return [join(frame) for frame in wire.encode_pages(kind, GENERATION, Epoch(epoch), some, limit)]
+    return [join(frame) for _, frame in wire.encode_pages(kind, GENERATION, Epoch(epoch), some, limit)]
 
 
 def epoch_frames(epoch: int, some: list[dirty.Pages], state: bytes = b"state", limit: int = LIMIT,

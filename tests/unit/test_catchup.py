@@ -304,9 +304,16 @@ def test_a_server_whose_deletion_was_lost_with_its_host_does_not_come_back(world
     world.manager.request_promotion(pair.id, pair.generation, "hy", "silence")
     world.manager.report_promoted(pair.id, pair.generation, "hy", {}, "")
     if late:
-        world.cloud.refuse["evacuate"] = [CloudRefused("evacuate", 409, "deleting")]
-        world.work()
-    world.cloud.delete_server(VM)
+        force_down = world.cloud.force_down
+
+        def just_before(host, down):
+            world.cloud.force_down = force_down
+            world.cloud.delete_server(VM)
+            force_down(host, down)
+
+        world.cloud.force_down = just_before
+    else:
+        world.cloud.delete_server(VM)
     for _ in range(5):
         world.work()
         world.clock.time += 5

@@ -135,7 +135,7 @@ def test_an_epoch_goes_out_whole_and_in_order_and_its_output_waits(bench: Bench)
     assert bench.gate.wide and bench.gate.drained == STATE and bench.peer.kinds() == []
     bench.end_save()
     frames = bench.peer.read()
-    assert [frame.kind.name for frame in frames] == ["PAGES", "DEVICE", "COMMIT"]
+    assert [frame.kind.name for frame in frames] == ["CHANGES", "DEVICE_CHANGES", "COMMIT"]
     replica = Replica(bench.memory.blocks)
     actions = [action for frame in frames for action in replica.on_frame(frame)]
     assert isinstance(actions[0], Write) and [p.runs.tolist() for p in actions[0].pages] == [[[5, 2]]]
@@ -564,7 +564,7 @@ def test_the_epoch_is_cut_when_the_disks_are_at_rest(bench: Bench) -> None:
     bench.end_save()
     frames = bench.peer.read()
     assert [(f.kind.name, f.epoch) for f in frames if f.kind is not wire.Kind.PAGES] == [
-        ("DISK", epoch), ("DISK", epoch), ("DEVICE", epoch), ("COMMIT", epoch), ("DISK", epoch + 1)]
+        ("DISK", epoch), ("DISK", epoch), ("DEVICE_CHANGES", epoch), ("COMMIT", epoch), ("DISK", epoch + 1)]
     commit = next(frame for frame in frames if frame.kind is wire.Kind.COMMIT)
     assert wire.decode_commit(commit)[2] == 2
 

@@ -1,0 +1,104 @@
+"""What both sides remember of pages that went over the wire, so that only what changed in one has to go again. PURE.
+
+A guest writes to the same pages again and again, and mostly little. So a page goes as the 64-bit words that differ
+from what it was when it went last; one that is written and not changed does not go at all. Both sides keep the same
+pages in the same places: each sees the same frames in the same order, and forgets a page when another one takes its
+place. A page that is not remembered counts as zero, so its zero words do not go either.
+
+    word mask   64 bytes a page, most significant bit first: which of its 512 words are sent
+    words       the changed ones of all pages, in their order
+
+Source: the page delta caches of Svärd et al. (VEE 2011) and of QEMU's XBZRLE; ours has no encoding to search for.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from nova_ftvm.core import dirty
+from nova_ftvm.exception import ProtocolError
+from nova_ftvm.types import PAGE
+
+#: Pages that are remembered, on both sides: 64 MiB at most, and no more than were ever sent. Part of the protocol.
+PLACES = 1 << 14
+_WORDS = PAGE // 8
+MASK_BYTES = _WORDS // 8
+#: Blocks of RAM are kept apart in the places by so many pages.
+_BLOCK_STEP = 4099
+#: An epoch of so much that shrinks to no less than this part is followed by so many that go as they are.
+_LARGE_BYTES = 1 << 20
+_POOR = 0.8
+_REST_EPOCHS = 15
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Delta:
+    """Some pages of one RAM block, as the words that changed. masks: (pages, MASK_BYTES) uint8; words: uint64."""
+
+    block: int
+    runs: np.ndarray
+    masks: np.ndarray
+    words: np.ndarray
+
+
+class Worth:
+    """Does it pay to look for what changed? A guest that fills memory with new contents makes it work for nothing."""
+
+    def __init__(self) -> None:
+        self._rest = 0
+
+    def is_given(self) -> bool:
+        """Asked once for each epoch."""
+        if self._rest:
+            self._rest -= 1
+            return False
+        return True
+
+    def tell(self, whole_bytes: int, sent_bytes: int) -> None:
+        """How it went. What is small is looked at in any case."""
+        if whole_bytes >= _LARGE_BYTES and sent_bytes > _POOR * whole_bytes:
+            self._rest = _REST_EPOCHS
+
+
+class Memory:
+    """One side's. `shrink` and `grow` undo each other as long as each sees all that the other one has seen."""
+
+    def __init__(self, places: int = PLACES) -> None:
+        self._keys = np.full(places, -1, np.int64)
+        # Zeroed by the kernel, when it is touched first.
+        self._pages = np.zeros((places, _WORDS), np.uint64)
+
+    def shrink(self, pages: dirty.Pages) -> Delta:
+        """`pages` in ascending order, as a capture gives them."""
+        numbers = dirty.expand(pages.runs)
+        keys, places, known, old = self._recall(pages.block, numbers)
+        new = pages.contents.view(np.uint64).reshape(-1, _WORDS)
+        changed = new != old
+        sent = ~known | changed.any(axis=1)
+        # Only what is sent: of anything else the other side cannot know that it was here.
+        self._remember(keys[sent], places[sent], new[sent])
+        return Delta(pages.block, dirty.compress(numbers[sent]), np.packbits(changed[sent], axis=1), new[changed])
+
+    def grow(self, delta: Delta) -> dirty.Pages:
+        """The pages whole. Raises ProtocolError, with nothing changed, when the words do not fit the masks."""
+        changed = np.unpackbits(delta.masks, axis=1).view(bool)
+        if np.count_nonzero(changed) != len(delta.words):
+            raise ProtocolError(f"{len(delta.words)} changed words for masks that name {np.count_nonzero(changed)}")
+        keys, places, _, pages = self._recall(delta.block, dirty.expand(delta.runs))
+        pages[changed] = delta.words
+        self._remember(keys, places, pages)
+        return dirty.Pages(delta.block, delta.runs, pages.view(np.uint8).reshape(-1))
+
+    def _recall(self, block: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(keys, places, which are remembered, their contents as they were, zero for the others)."""
+        keys = numbers + (block << 40)
+        places = (numbers + block * _BLOCK_STEP) % len(self._keys)
+        known = self._keys[places] == keys
+        contents = self._pages[places]
+        contents[~known] = 0
+        return keys, places, known, contents
+
+    def _remember(self, keys: np.ndarray, places: np.ndarray, contents: np.ndarray) -> None:
+        # Of two pages with one place the later stays: numpy assigns in order.
+        self._keys[places] = keys
+        self._pages[places] = contents

@@ -1,0 +1,64 @@
+"""An epoch's RAM and devices on their way to the backup: as what changed, or as they are. Called by the primary's loop.
+
+Its disk writes have gone before, while the guest ran (diskstream.py).
+"""
+
+from collections.abc import Callable, Iterator
+
+from nova_ftvm.core import delta, wire
+from nova_ftvm.engine.capture import Checkpoint
+from nova_ftvm.engine.faults import Fault, trip
+from nova_ftvm.types import PAGE, Buffer, Epoch, Generation
+
+Frame = list[Buffer]
+
+
+class Freight:
+    """Of one generation: what was sent before is remembered, as the backup does."""
+
+    def __init__(self, generation: Generation, blocks: int, frame_limit: int, send: Callable[[Frame], None]) -> None:
+        self._generation = generation
+        #: The device state's number: the one after the last block of RAM.
+        self._state_block = blocks
+        self._limit = frame_limit
+        self._send = send
+        self._sent_before = delta.Memory()
+        self._worth = delta.Worth()
+
+    def ship(self, epoch: Epoch, checkpoint: Checkpoint) -> int:
+        """Sends all of it, and the COMMIT. Returns the bytes that it took."""
+        thrifty = self._worth.is_given()
+        sent_pages = sent_bytes = frames = 0
+        for pages, frame in self._ram(epoch, checkpoint, thrifty):
+            self._send(frame)
+            sent_pages += pages
+            sent_bytes += sum(map(len, frame))
+            frames += 1
+        trip(Fault.SHIPPED_HALF)
+        for frame in self._devices(epoch, checkpoint, thrifty):
+            self._send(frame)
+            sent_bytes += sum(map(len, frame))
+            frames += 1
+        cut = checkpoint.cut
+        self._send(wire.encode_commit(self._generation, epoch, frames + cut.frames, sent_pages, cut.writes))
+        if thrifty:
+            self._worth.tell(checkpoint.page_count * PAGE, sent_bytes)
+        return sent_bytes
+
+    def _ram(self, epoch: Epoch, checkpoint: Checkpoint, thrifty: bool) -> Iterator[tuple[int, Frame]]:
+        """Frames, each with the number of its pages."""
+        for pages in checkpoint.pages:
+            if thrifty:
+                yield from wire.encode_changes(self._generation, epoch, pages, self._sent_before, self._limit)
+            else:
+                yield from wire.encode_pages(wire.Kind.PAGES, self._generation, epoch, pages, self._limit)
+
+    def _devices(self, epoch: Epoch, checkpoint: Checkpoint, thrifty: bool) -> Iterator[Frame]:
+        if thrifty:
+            yield from wire.encode_device_changes(self._generation, epoch, checkpoint.state, self._state_block,
+                                                  self._sent_before, self._limit)
+            return
+        room = self._limit - wire.HEADER_BYTES
+        state = memoryview(checkpoint.state)
+        for start in range(0, len(state), room):
+            yield wire.encode(wire.Kind.DEVICE, self._generation, epoch, (state[start:start + room],))
