@@ -98,8 +98,8 @@ class Cloud(Protocol):
         """vm_state active, task_state none; the guest is not touched."""
 
     def evacuate(self, server_id: str, host: str) -> None:
-        """Asks for it; the server is not stopped afterwards. NOT idempotent: Nova begins another one, whatever the server's
-        task is."""
+        """Asks for it; the server is not stopped afterwards. NOT idempotent: Nova begins another one, and forgets the
+        task that the server has."""
 
     def moving_to(self, server_id: str) -> list[str]:
         """The hosts that Nova is live-migrating the server to: one, or none."""
