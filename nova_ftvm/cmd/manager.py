@@ -33,6 +33,8 @@ from nova_ftvm.types import PairId
 LOG = log.getLogger(__name__)
 
 _END_LIMIT_S = 8.0
+#: More threads make each answer later, and none of them sooner: a guest may stand still until it comes.
+_CALLS_AT_ONCE = 32
 
 
 def configuration(arguments: list[str]) -> cfg.ConfigOpts:
@@ -78,7 +80,8 @@ def run(conf: cfg.ConfigOpts, stopping: threading.Event) -> None:
     calls = rpc_server.serve(transport, common.MANAGER_TOPIC, conf.host, endpoint)
     notices = notifications.listener(conf, conf.manager.notification_exchange, conf.manager.notification_topic,
                                      service.wake)
-    calls.start()
+    rpc_server.leave_with_broker(conf)
+    calls.start(override_pool_size=_CALLS_AT_ONCE)
     notices.start()
     service.start()
     bulletin.start()

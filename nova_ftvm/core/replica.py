@@ -40,6 +40,25 @@ class Acknowledge:
 Action = Write | WriteDisks | Acknowledge
 
 
+class _SentBefore:
+    """What changes are against."""
+
+    def __init__(self) -> None:
+        self.memory = delta.Memory()
+        #: The device state's pages, each as it was sent last; longer than the state if that was longer once.
+        self._state = np.zeros((0, PAGE), np.uint8)
+
+    def state(self, changes: Sequence[tuple[int, dirty.Pages]]) -> bytes:
+        """The device state with the changes in it; each comes with the state's length."""
+        length = changes[-1][0]
+        missing = -(-length // PAGE) - len(self._state)
+        if missing > 0:
+            self._state = np.concatenate((self._state, np.zeros((missing, PAGE), np.uint8)))
+        for _, pages in changes:
+            self._state[dirty.expand(pages.runs)] = pages.contents.reshape(-1, PAGE)
+        return self._state.reshape(-1)[:length].tobytes()
+
+
 class Replica:
     """One generation's replica. `device_state` belongs to `committed`, always."""
 
@@ -48,9 +67,7 @@ class Replica:
         self._disks = disks
         self.committed = Epoch(0)
         self.device_state = b""
-        self._sent_before = delta.Memory()
-        #: The device state's pages as they were sent last, each: changes are against these.
-        self._state_pages = np.zeros((0, PAGE), np.uint8)
+        self._sent_before = _SentBefore()
         self._forget()
 
     def on_frame(self, frame: wire.Frame) -> tuple[Action, ...]:
@@ -62,9 +79,9 @@ class Replica:
         if frame.kind is wire.Kind.PAGES:
             self._staged.append(wire.decode_pages(frame, self._blocks))
         elif frame.kind is wire.Kind.CHANGES:
-            self._staged.append(wire.decode_changes(frame, self._blocks, self._sent_before))
+            self._staged.append(wire.decode_changes(frame, self._blocks, self._sent_before.memory))
         elif frame.kind is wire.Kind.DEVICE_CHANGES:
-            self._staged_changes.append(wire.decode_device_changes(frame, self._blocks, self._sent_before))
+            self._staged_changes.append(wire.decode_device_changes(frame, self._blocks, self._sent_before.memory))
         elif frame.kind is wire.Kind.DISK:
             self._staged_writes += wire.decode_disk(frame, self._disks)
             self._disk_frames += 1
@@ -98,15 +115,7 @@ class Replica:
         return (write, disks, Acknowledge(frame.epoch)) if disks.writes else (write, Acknowledge(frame.epoch))
 
     def _new_state(self) -> bytes:
-        if self._staged_state:
-            return b"".join(self._staged_state)
-        length = self._staged_changes[-1][0]
-        missing = -(-length // PAGE) - len(self._state_pages)
-        if missing > 0:
-            self._state_pages = np.concatenate((self._state_pages, np.zeros((missing, PAGE), np.uint8)))
-        for _, pages in self._staged_changes:
-            self._state_pages[dirty.expand(pages.runs)] = pages.contents.reshape(-1, PAGE)
-        return self._state_pages.reshape(-1)[:length].tobytes()
+        return b"".join(self._staged_state) if self._staged_state else self._sent_before.state(self._staged_changes)
 
     def _forget(self) -> None:
         self._staged: list[dirty.Pages] = []

@@ -13,7 +13,7 @@ another generation raises, and the decoder gives nothing more: the connection mu
       | WELCOME  JSON: disks on the same base ->  |
       |     <- PRELOAD, DISK_PRELOAD ...         |   copied while the guest runs; no epoch yet
       |     <- DISK ... PAGES ... DEVICE ... COMMIT  one epoch; whole at COMMIT. DISK comes while the guest runs
-      | ACK (epoch)                       ->     |   only AFTER the epoch is here, whole
+      | ACK (epoch)                       ->     |   only AFTER the epoch is applied
       | BEAT                             <->     |   a sign of life
       |     <- GUEST_GONE  QEMU ended by itself  |
       |     <- HAND_OVER  the guest moves        |   a planned failover; the primary holds its output

@@ -17,7 +17,8 @@ DEFAULT_CONNECTION = "sqlite:////var/lib/nova-ftvm/manager.sqlite"
 
 def register(conf: cfg.ConfigOpts) -> None:
     """Adds oslo.db's [database] to `conf`."""
-    options.set_defaults(conf, connection=DEFAULT_CONNECTION)
+    # One for each of the manager's threads: a new connection costs more than the question that it is made for.
+    options.set_defaults(conf, connection=DEFAULT_CONNECTION, max_pool_size=48)
 
 
 def engine(conf: cfg.ConfigOpts) -> sa.Engine:

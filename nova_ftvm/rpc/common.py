@@ -45,20 +45,21 @@ class Client:
 
     def call(self, method: str, server: str | None = None, timeout_s: float | None = None, tries: int = 1,
              **arguments: Any) -> Any:
-        """tries: the call's deadline is shared by so many, for what may well be done twice.
+        """tries: the call's deadline is shared by so many, for what may well be done twice; each waits twice as long as
+        the one before it, as who is asked by many must not be asked by ever more.
 
         The broker deals a queue's messages out in turn among its consumers, and a host that lost its power is one of
         them until its heartbeats are missed: what is dealt to the dead is lost in time, though the host may be back.
         """
-        timeout = (self._timeout_s if timeout_s is None else timeout_s) / tries
-        prepared = self._client.prepare(server=server, timeout=timeout)
+        timeout = (self._timeout_s if timeout_s is None else timeout_s) / (2**tries - 1)
         for _ in range(tries - 1):
             try:
-                return _call(prepared, method, arguments)
+                return _call(self._client.prepare(server=server, timeout=timeout), method, arguments)
             except oslo_messaging.MessagingTimeout:
                 LOG.info("%s of %s has no answer to %s within %.1f s and is asked again", self._topic,
                          server or "any host", method, timeout)
-        return _call(prepared, method, arguments)
+            timeout *= 2
+        return _call(self._client.prepare(server=server, timeout=timeout), method, arguments)
 
 
 def _call(prepared: Any, method: str, arguments: dict[str, Any]) -> Any:

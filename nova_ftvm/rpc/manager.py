@@ -9,7 +9,7 @@ from nova_ftvm.types import Generation, Grant, InstanceId, PairId
 
 #: Of the two questions that a guest's clients wait for, and whose answer is the same when they are asked again: a
 #: controller that lost its power must not cost them a whole deadline.
-_TRIES = 5
+_TRIES = 3
 
 
 class StandbyPlan(TypedDict):

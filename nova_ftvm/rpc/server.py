@@ -1,9 +1,11 @@
 """The servers' side: methods of a Protocol, answered in native threads. Each also takes the RPC context, unused."""
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import oslo_messaging
+from oslo_config import cfg
 
 from nova_ftvm.exception import FtvmError
 from nova_ftvm.rpc import common
@@ -37,6 +39,14 @@ def _exposed(method: Callable[..., Any]) -> Callable[..., Any]:
             # The caller gets it as RemoteError; it is no fault of ours, so it is not logged as one.
             raise oslo_messaging.ExpectedException() from None
     return answer
+
+
+def leave_with_broker(conf: cfg.ConfigOpts) -> None:
+    """Before the server starts: what it has no thread for stays with the broker, which forgets a call when its caller
+    does. Taken at once, all would be worked through in turn, and answered too late, for as long as callers ask again.
+    """
+    with contextlib.suppress(cfg.NoSuchOptError, cfg.NoSuchGroupError):
+        conf.set_default("rabbit_qos_prefetch_count", 1, group="oslo_messaging_rabbit")
 
 
 def serve(transport: oslo_messaging.Transport, topic: str, host: str, endpoint: Endpoint) -> Any:

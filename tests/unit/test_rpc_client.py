@@ -39,3 +39,21 @@ def test_a_broker_without_a_route_is_a_failure_that_the_agent_expects(wire: oslo
 def test_a_question_that_may_be_asked_again_fails_in_the_same_way(wire: oslo_messaging.Transport) -> None:
     with pytest.raises(common.Unreachable):
         AgentClient(wire).prepare_domain("hx", "vm")
+
+
+def test_each_try_waits_twice_as_long_as_the_one_before_and_all_have_one_deadline(
+        wire: oslo_messaging.Transport, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+
+    class Deaf:
+        def prepare(self, server: str | None, timeout: float) -> "Deaf":
+            waited.append(timeout)
+            return self
+
+        def call(self, context: object, method: str, **arguments: object) -> None:
+            raise oslo_messaging.MessagingTimeout("nobody")
+
+    monkeypatch.setattr(oslo_messaging, "get_rpc_client", lambda *_, **__: Deaf())
+    with pytest.raises(common.Unreachable):
+        AgentClient(wire, 7.0).prepare_domain("hx", "vm")
+    assert waited == [1.0, 2.0, 4.0]
