@@ -137,7 +137,7 @@ def _ask(address: str, word: str) -> str:
         "connection.settimeout(10)\n"
         "connection.sendall((sys.argv[3] + '\\n').encode())\n"
         "try: print(connection.makefile().read(), end='')\n"
-        "except TimeoutError: pass\n"
+        "except (TimeoutError, ConnectionResetError): pass\n"
     )
     return run([*IN_CLIENT, sys.executable, "-c", program, address, str(CONTROL_PORT), word], timeout_s=30)
 
