@@ -188,8 +188,6 @@ def place() -> Iterator[tuple[Callable[..., Qemu], Path, Network]]:
     """Guests, a folder on a disk, and their network."""
     if reason := machine.lacking():
         raise SystemExit(reason)
-    if not can_be_slowed(machine.guest_folder()):
-        raise SystemExit("no control group can slow this disk down")
     network = Network()
     try:
         with tempfile.TemporaryDirectory(prefix="bench-", dir=machine.guest_folder()) as name, ExitStack() as stack:
@@ -225,6 +223,8 @@ def main() -> None:
     if options.send:
         send(options.send[0], int(options.send[1]))
         return
+    if not can_be_slowed(machine.guest_folder()):
+        raise SystemExit("no control group can slow this disk down")
     with place() as (launch, folder, network):
         measured = writes(launch, folder, network, options.rounds)
         copy = first_copies(launch, folder, options.rounds)

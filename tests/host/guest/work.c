@@ -4,6 +4,7 @@
  *
  * churn      rewrites pages all over anonymous memory and a tmpfs file; each page names itself and its version
  * datagrams  numbered UDP datagrams, one each 5 ms
+ * writer N   a word in each of N pages, all of them every 5 ms; checks nothing
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -82,6 +83,18 @@ static void datagrams(void)
     }
 }
 
+static void writer(size_t pages)
+{
+    volatile char *memory = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED)
+        exit(1);
+    for (;;) {
+        for (size_t n = 0; n < pages; n++)
+            memory[n * PAGE]++;
+        usleep(5000);
+    }
+}
+
 int main(int count, char **words)
 {
     setvbuf(stdout, NULL, _IOLBF, 0);
@@ -89,5 +102,7 @@ int main(int count, char **words)
         churn();
     if (count == 2 && !strcmp(words[1], "datagrams"))
         datagrams();
+    if (count == 3 && !strcmp(words[1], "writer"))
+        writer(strtoul(words[2], NULL, 10));
     return 2;
 }
