@@ -104,6 +104,8 @@ class Rules:
     def __init__(self) -> None:
         self._known: dict[Any, Snapshot] = {}
         self._done: dict[Any, Any] = {}
+        #: The one that all begin with. What it keeps of pages that were sent is never used here, and so stays one.
+        self._replica = Replica(())
         self._store = _RowStore()
         self._stops = _Stops()
         self._manager = Manager(self._store, None, self._stops, _Clock(), Settings(), _Queue())  # type: ignore
@@ -117,7 +119,7 @@ class Rules:
         return self._keep(Lease(Generation(generation), 1.0, NOW))
 
     def replica(self) -> Snapshot:
-        return self._keep(Replica(()))
+        return self._keep(_copy(self._replica))
 
     def happen(self, snapshot: Snapshot, event: str, *facts: Any) -> tuple[Snapshot, Any]:
         """Calls the rule's method `event`; an error of ours is the answer."""
