@@ -59,6 +59,7 @@ lint: setup
 	bashate --max-line-length 110 lab/setup.sh devstack/plugin.sh devstack/settings
 	mypy
 	mypy --config-file lab/pyproject.toml lab/ftvm_lab tests/system
+	sphinx-build -q -W -b html doc/source build/doc
 
 # One recipe, so that the lab is down at its end, however it ends.
 test: export FTVM_LAB_DIR := $(TEST_LAB_DIR)
