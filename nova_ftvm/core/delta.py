@@ -25,6 +25,7 @@ _WORDS = PAGE // 8
 MASK_BYTES = _WORDS // 8
 #: Blocks of RAM are kept apart in the places by so many pages.
 _BLOCK_STEP = 4099
+_NOBODY = -1
 #: An epoch of so much that shrinks to no less than this part is followed by so many that go as they are.
 _LARGE_BYTES = 1 << 20
 _POOR = 0.8
@@ -61,10 +62,10 @@ class Worth:
 
 
 class Memory:
-    """One side's. `shrink` and `grow` undo each other as long as each sees all that the other one has seen."""
+    """One side's. `shrink` and `grow` undo each other as long as each sees, and forgets, all that the other one does."""
 
     def __init__(self, places: int = PLACES) -> None:
-        self._keys = np.full(places, -1, np.int64)
+        self._keys = np.full(places, _NOBODY, np.int64)
         # Zeroed by the kernel, when it is touched first.
         self._pages = np.zeros((places, _WORDS), np.uint64)
 
@@ -89,16 +90,29 @@ class Memory:
         self._remember(keys, places, pages)
         return dirty.Pages(delta.block, delta.runs, pages.view(np.uint8).reshape(-1))
 
+    def forget(self, pages: dirty.Pages) -> None:
+        """These went whole, past this memory: what it holds of them is not what the replica has any more."""
+        numbers = dirty.expand(pages.runs)
+        places = self._places(pages.block, numbers)
+        self._keys[places[self._keys[places] == _keys(pages.block, numbers)]] = _NOBODY
+
     def _recall(self, block: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """(keys, places, which are remembered, their contents as they were, zero for the others)."""
-        keys = numbers + (block << 40)
-        places = (numbers + block * _BLOCK_STEP) % len(self._keys)
+        keys, places = _keys(block, numbers), self._places(block, numbers)
         known = self._keys[places] == keys
         contents = self._pages[places]
         contents[~known] = 0
         return keys, places, known, contents
 
+    def _places(self, block: int, numbers: np.ndarray) -> np.ndarray:
+        return (numbers + block * _BLOCK_STEP) % len(self._keys)
+
     def _remember(self, keys: np.ndarray, places: np.ndarray, contents: np.ndarray) -> None:
         # Of two pages with one place the later stays: numpy assigns in order.
         self._keys[places] = keys
         self._pages[places] = contents
+
+
+def _keys(block: int, numbers: np.ndarray) -> np.ndarray:
+    """Of pages of all blocks, each another number."""
+    return numbers + (block << 40)

@@ -77,7 +77,9 @@ class Replica:
         if frame.epoch != self.committed + 1:
             raise ProtocolError(f"{frame.kind.name} of epoch {frame.epoch} after epoch {self.committed}")
         if frame.kind is wire.Kind.PAGES:
-            self._staged.append(wire.decode_pages(frame, self._blocks))
+            pages = wire.decode_pages(frame, self._blocks)
+            self._sent_before.memory.forget(pages)
+            self._staged.append(pages)
         elif frame.kind is wire.Kind.CHANGES:
             self._staged.append(wire.decode_changes(frame, self._blocks, self._sent_before.memory))
         elif frame.kind is wire.Kind.DEVICE_CHANGES:

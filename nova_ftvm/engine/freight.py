@@ -51,6 +51,7 @@ class Freight:
             if thrifty:
                 yield from wire.encode_changes(self._generation, epoch, pages, self._sent_before, self._limit)
             else:
+                self._sent_before.forget(pages)
                 yield from wire.encode_pages(wire.Kind.PAGES, self._generation, epoch, pages, self._limit)
 
     def _devices(self, epoch: Epoch, checkpoint: Checkpoint, thrifty: bool) -> Iterator[Frame]:

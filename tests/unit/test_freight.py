@@ -45,16 +45,19 @@ class Line:
             self.ram[piece.block, number] = bytes(contents)
 
 
+#: What the guest wrote, its device state, and whether the epoch goes as changes.
+Written = tuple[dict[int, int], bytes, bool]
 EPOCHS = st.lists(st.tuples(st.dictionaries(st.integers(0, 63), st.integers(0, 3), max_size=40),
-                            st.binary(min_size=1, max_size=3 * PAGE)), min_size=1, max_size=8)
+                            st.binary(min_size=1, max_size=3 * PAGE), st.booleans()), min_size=1, max_size=12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(EPOCHS, st.sampled_from([SHORT, LIMIT]))
-def test_the_replica_is_the_guest_after_each_epoch(epochs: list[tuple[dict[int, int], bytes]], limit: int) -> None:
+def test_the_replica_is_the_guest_after_each_epoch(epochs: list[Written], limit: int) -> None:
     line = Line(limit)
     guest: dict[tuple[int, int], bytes] = {}
-    for number, (written, state) in enumerate(epochs, 1):
+    for number, (written, state, thrifty) in enumerate(epochs, 1):
+        line.freight._worth.is_given = lambda thrifty=thrifty: thrifty
         captured = [pages([page], value) for page, value in sorted(written.items())]
         guest |= {(0, page): bytes([value]) * PAGE for page, value in written.items()}
         line.ship(captured, state)
