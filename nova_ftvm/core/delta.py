@@ -62,7 +62,7 @@ class Worth:
 
 
 class Memory:
-    """One side's. `shrink` and `grow` undo each other as long as each sees, and forgets, all that the other one does."""
+    """One side's. `shrink` and `grow` undo each other as long as each sees and forgets all that the other one does."""
 
     def __init__(self, places: int = PLACES) -> None:
         self._keys = np.full(places, _NOBODY, np.int64)
