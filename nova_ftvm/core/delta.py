@@ -19,8 +19,10 @@ from nova_ftvm.core import dirty
 from nova_ftvm.exception import ProtocolError
 from nova_ftvm.types import PAGE
 
-#: Pages that are remembered, on both sides: 64 MiB at most, and no more than were ever sent. Part of the protocol.
-PLACES = 1 << 14
+#: Pages that are remembered, on both sides: 16 MiB. Part of the protocol.
+PLACES = 1 << 12
+#: Pages that are looked at together: what that takes stays in the processor's cache.
+AT_ONCE = 256
 _WORDS = PAGE // 8
 MASK_BYTES = _WORDS // 8
 #: Blocks of RAM are kept apart in the places by so many pages.
@@ -66,8 +68,8 @@ class Memory:
 
     def __init__(self, places: int = PLACES) -> None:
         self._keys = np.full(places, _NOBODY, np.int64)
-        # Zeroed by the kernel, when it is touched first.
-        self._pages = np.zeros((places, _WORDS), np.uint64)
+        # Filled, so that the kernel gives the memory here and now, and not within an epoch.
+        self._pages = np.full((places, _WORDS), 0, np.uint64)
 
     def shrink(self, pages: dirty.Pages) -> Delta:
         """`pages` in ascending order, as a capture gives them."""

@@ -123,7 +123,7 @@ def encode_pages(kind: Kind, generation: Generation, epoch: Epoch, pages: dirty.
 def encode_changes(generation: Generation, epoch: Epoch, pages: dirty.Pages, memory: delta.Memory,
                    limit: int) -> Iterator[tuple[int, list[Buffer]]]:
     """CHANGES frames, likewise; none for what is as it was when it went last."""
-    most_pages = (limit - HEADER_BYTES - _PAGES.size) // (PAGE + 8 + delta.MASK_BYTES)
+    most_pages = min(delta.AT_ONCE, (limit - HEADER_BYTES - _PAGES.size) // (PAGE + 8 + delta.MASK_BYTES))
     for part in dirty.parts(pages, most_pages):
         shrunk = memory.shrink(part)
         if len(shrunk.runs):

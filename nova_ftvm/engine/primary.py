@@ -94,7 +94,7 @@ class PrimaryEngine:
             Act.UNBUFFER: buffers.remove,
             Act.FREEZE: self._freeze,
             Act.THAW: lambda: self._monitor.command("cont"),
-            Act.ASK: lambda: self._control.report("ask_degrade", reason=self._loop.reason),
+            Act.ASK: self._ask,
             Act.REPORT_PROTECTED: lambda: self._control.report("protected"),
             Act.SAY_BYE: lambda: self._say(wire.Kind.BYE),
             Act.SAY_GUEST_GONE: lambda: self._say(wire.Kind.GUEST_GONE),
@@ -256,6 +256,10 @@ class PrimaryEngine:
             # Better frozen until somebody looks than heard without a grant.
             LOG.error("if this engine dies, nobody will know that it has paused the guest: %s", error)
         self._monitor.command("stop")
+
+    def _ask(self) -> None:
+        LOG.info("asking to go on alone: %s", self._loop.reason)
+        self._control.report("ask_degrade", reason=self._loop.reason)
 
     def _hand_over(self) -> None:
         self._say(wire.Kind.HAND_OVER)
