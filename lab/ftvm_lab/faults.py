@@ -14,7 +14,7 @@ from ftvm_lab.computes import AGENT, COMPUTE, LIBVIRTD
 from ftvm_lab.control import MANAGER
 from ftvm_lab.databases import MARIADB, RABBIT
 from ftvm_lab.layout import DATA, MGMT, Layout, compute
-from ftvm_lab.strikes import LINKS, Heal, Scene, backup, primary
+from ftvm_lab.strikes import LINKS, Heal, Scene, Which, backup, primary
 
 __all__ = ["FAULTS", "Fault", "Scene", "Side", "scene_of"]
 
@@ -56,34 +56,11 @@ def _of_backup() -> list[Fault]:
     of = Side.BACKUP
     return [
         Fault("backup-qemu-killed", of, "The standby's QEMU is killed.", strikes.kills_qemu(backup), MOMENT),
-        Fault("backup-engine-killed", of, "The backup's engine is killed.",
-              strikes.kills_engine(backup, "backup"), MOMENT),
-        Fault("backup-engine-stopped", of, "The backup's engine stands still (SIGSTOP).",
-              strikes.stops_engine(backup, "backup"), WHILE),
-        Fault("backup-agent-killed", of, "The agent on the backup's host is killed.",
-              strikes.kills_service(backup, AGENT), LONG),
-        Fault("backup-agent-stopped", of, "The agent on the backup's host stands still (SIGSTOP).",
-              strikes.stops_service(backup, AGENT), LONG),
-        Fault("backup-agent-restarted", of, "The agent on the backup's host is restarted.",
-              strikes.restarts_service(backup, AGENT), MOMENT),
-        Fault("backup-nova-compute-restarted", of, "nova-compute on the backup's host is restarted.",
-              strikes.restarts_service(backup, COMPUTE), MOMENT),
-        Fault("backup-libvirtd-restarted", of, "libvirtd on the backup's host is restarted.",
-              strikes.restarts_service(backup, LIBVIRTD), MOMENT),
         Fault("backup-memory-full", of, "The standby and its engine get no more memory.",
               strikes.fills_memory, WHILE),
         Fault("backup-disk-full", of, "There is no room on the disk of the backup's host.",
               strikes.fills_disk, WHILE),
-        Fault("backup-clock-ahead", of, "The wall clock of the backup's host jumps an hour ahead.",
-              strikes.shifts_clock(backup, HOUR_S), WHILE),
-        Fault("backup-clock-behind", of, "The wall clock of the backup's host jumps an hour back.",
-              strikes.shifts_clock(backup, -HOUR_S), WHILE),
-        Fault("backup-host-frozen", of, "The backup's host stands still for a while.",
-              strikes.freezes_host(backup), (20.0, 20.0)),
-        Fault("backup-host-killed", of, "The backup's host loses its power.",
-              strikes.kills_host(backup), LONG, ends_host=True),
-        Fault("backup-links-cut", of, "The backup's host is cut off from the data and the management network.",
-              strikes.cuts(backup, *LINKS), LONG),
+        *_of_either(of, backup),
     ]
 
 
@@ -92,32 +69,40 @@ def _of_primary() -> list[Fault]:
     return [
         Fault("primary-qemu-killed", of, "The guest's QEMU is killed; its host lives.",
               strikes.kills_qemu(primary), MOMENT, may_fail_over=True),
-        Fault("primary-engine-killed", of, "The primary's engine is killed.",
-              strikes.kills_engine(primary, "primary"), MOMENT, may_fail_over=True),
-        Fault("primary-engine-stopped", of, "The primary's engine stands still (SIGSTOP).",
-              strikes.stops_engine(primary, "primary"), WHILE, may_fail_over=True),
-        Fault("primary-agent-killed", of, "The agent on the primary's host is killed.",
-              strikes.kills_service(primary, AGENT), LONG),
-        Fault("primary-agent-stopped", of, "The agent on the primary's host stands still (SIGSTOP).",
-              strikes.stops_service(primary, AGENT), LONG),
-        Fault("primary-agent-restarted", of, "The agent on the primary's host is restarted, as for an upgrade.",
-              strikes.restarts_service(primary, AGENT), MOMENT),
-        Fault("primary-nova-compute-restarted", of, "nova-compute on the primary's host is restarted.",
-              strikes.restarts_service(primary, COMPUTE), MOMENT),
-        Fault("primary-libvirtd-restarted", of, "libvirtd on the primary's host is restarted.",
-              strikes.restarts_service(primary, LIBVIRTD), MOMENT),
-        Fault("primary-clock-ahead", of, "The wall clock of the primary's host jumps an hour ahead.",
-              strikes.shifts_clock(primary, HOUR_S), WHILE),
-        Fault("primary-clock-behind", of, "The wall clock of the primary's host jumps an hour back.",
-              strikes.shifts_clock(primary, -HOUR_S), WHILE),
-        Fault("primary-host-frozen", of, "The primary's host stands still for a while.",
-              strikes.freezes_host(primary), (20.0, 20.0), may_fail_over=True),
-        Fault("primary-host-killed", of, "The primary's host loses its power.",
-              strikes.kills_host(primary), LONG, ends_host=True, may_fail_over=True),
-        Fault("primary-links-cut", of, "The primary's host is cut off from the data and the management network.",
-              strikes.cuts(primary, *LINKS), LONG, may_fail_over=True),
+        *_of_either(of, primary),
         Fault("both-hosts-killed", of, "The hosts of guest and backup lose their power at once.",
               strikes.kills_host(primary, backup), WHILE, ends_host=True),
+    ]
+
+
+def _of_either(of: Side, where: Which) -> list[Fault]:
+    """What may happen to both; only where the guest runs can it make the guest move."""
+    moves = of is Side.PRIMARY
+    return [
+        Fault(f"{of}-engine-killed", of, f"The {of}'s engine is killed.",
+              strikes.kills_engine(where, of), MOMENT, may_fail_over=moves),
+        Fault(f"{of}-engine-stopped", of, f"The {of}'s engine stands still (SIGSTOP).",
+              strikes.stops_engine(where, of), WHILE, may_fail_over=moves),
+        Fault(f"{of}-agent-killed", of, f"The agent on the {of}'s host is killed.",
+              strikes.kills_service(where, AGENT), LONG),
+        Fault(f"{of}-agent-stopped", of, f"The agent on the {of}'s host stands still (SIGSTOP).",
+              strikes.stops_service(where, AGENT), LONG),
+        Fault(f"{of}-agent-restarted", of, f"The agent on the {of}'s host is restarted, as for an upgrade.",
+              strikes.restarts_service(where, AGENT), MOMENT),
+        Fault(f"{of}-nova-compute-restarted", of, f"nova-compute on the {of}'s host is restarted.",
+              strikes.restarts_service(where, COMPUTE), MOMENT),
+        Fault(f"{of}-libvirtd-restarted", of, f"libvirtd on the {of}'s host is restarted.",
+              strikes.restarts_service(where, LIBVIRTD), MOMENT),
+        Fault(f"{of}-clock-ahead", of, f"The wall clock of the {of}'s host jumps an hour ahead.",
+              strikes.shifts_clock(where, HOUR_S), WHILE),
+        Fault(f"{of}-clock-behind", of, f"The wall clock of the {of}'s host jumps an hour back.",
+              strikes.shifts_clock(where, -HOUR_S), WHILE),
+        Fault(f"{of}-host-frozen", of, f"The {of}'s host stands still for a while.",
+              strikes.freezes_host(where), (20.0, 20.0), may_fail_over=moves),
+        Fault(f"{of}-host-killed", of, f"The {of}'s host loses its power.",
+              strikes.kills_host(where), LONG, ends_host=True, may_fail_over=moves),
+        Fault(f"{of}-links-cut", of, f"The {of}'s host is cut off from the data and the management network.",
+              strikes.cuts(where, *LINKS), LONG, may_fail_over=moves),
     ]
 
 

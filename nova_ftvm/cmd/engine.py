@@ -154,6 +154,7 @@ def run_primary(order: Order, control: ControlServer) -> int:
     finally:
         # Before the farewell: whatever ended the engine, a guest that waits at the gate or for its disks runs on.
         gate.close()
+        activity.close()
         mirror.close()
         try:
             mirror.remove()

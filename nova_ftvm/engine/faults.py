@@ -15,6 +15,7 @@ class Fault(enum.Enum):
 
     MIRROR_STARTED = "mirror-started"
     DISK_SHIPPED = "disk-shipped"
+    BUFFERED = "buffered"
     BEFORE_BATCH = "before-batch"
     BATCH_SENT = "batch-sent"
     LOG_CUT = "log-cut"

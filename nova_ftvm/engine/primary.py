@@ -59,6 +59,7 @@ class PrimaryEngine:
         self._buffers = buffers
         self._link = link
         self._linked = True
+        self._asks = False
         self._note = note
         self._activity = activity
         self._control = control
@@ -248,6 +249,7 @@ class PrimaryEngine:
     def _buffer(self) -> None:
         self._note.leave()
         self._buffers.install()
+        trip(Fault.BUFFERED)
 
     def _freeze(self) -> None:
         try:
@@ -258,7 +260,9 @@ class PrimaryEngine:
         self._monitor.command("stop")
 
     def _ask(self) -> None:
-        LOG.info("asking to go on alone: %s", self._loop.reason)
+        if not self._asks:
+            self._asks = True
+            LOG.warning("asking to go on alone: %s", self._loop.reason)
         self._control.report("ask_degrade", reason=self._loop.reason)
 
     def _hand_over(self) -> None:

@@ -27,7 +27,8 @@ IN_PROMOTION = (Fault.BEFORE_LOAD, Fault.LOADED)
 #: Those of disks are in test_disk_faults.py: the guest here has none.
 OF_DISKS = (Fault.MIRROR_STARTED, Fault.DISK_SHIPPED, Fault.BEFORE_SETTLE, Fault.SETTLED)
 IN_HAND_OVER = (Fault.HANDED_OVER, Fault.ASKED)
-ON_PRIMARY = tuple(fault for fault in Fault if fault not in ON_BACKUP + IN_PROMOTION + OF_DISKS + IN_HAND_OVER)
+BY_THEMSELVES = (*ON_BACKUP, *IN_PROMOTION, *OF_DISKS, *IN_HAND_OVER, Fault.BUFFERED)
+ON_PRIMARY = tuple(fault for fault in Fault if fault not in BY_THEMSELVES)
 HOWS = ("kill", "hang", "stop")
 
 
@@ -171,6 +172,21 @@ def test_a_guest_whose_engine_died_unseen_is_found_by_its_note_and_let_go(primar
         session.exchange(5)
         assert lost_engines(runtime, []) == []
         primary.await_sound("churn")
+
+
+def test_a_guest_whose_engine_died_before_its_first_checkpoint_is_found_by_its_note_and_let_go(
+        primary: Qemu, standby: Qemu, session: Session) -> None:
+    name, runtime = primary.folder.name, str(primary.folder.parent)
+    with protected(primary, standby, instance_id=name, primary_fault=f"{Fault.BUFFERED.value}:kill", until="") as pair:
+        wait_for("the primary's engine dies", lambda: pair.primary.ended())
+        unanswered = session.send()
+        assert primary.is_running() and stays_silent(session), "output left that nobody may release"
+        (lost,) = lost_engines(runtime, [])
+        assert (lost.pair_id, lost.generation, lost.instance_id) == ("pair", 1, name)
+        Guests(runtime, (0, 0), "").let_go(name)
+        session.receive(unanswered)
+        session.exchange(5)
+        assert lost_engines(runtime, []) == []
 
 
 def test_the_next_engine_lets_the_guest_run_that_the_last_one_froze(primary: Qemu, standby: Qemu,

@@ -108,7 +108,7 @@ class Rules:
         self._replica = Replica(())
         self._store = _RowStore()
         self._stops = _Stops()
-        self._manager = Manager(self._store, None, self._stops, _Clock(), Settings(), _Queue())  # type: ignore
+        self._manager = Manager(self._store, _Cloud(), self._stops, _Clock(), Settings(), _Queue())  # type: ignore
 
     # The engines' rules
 
@@ -232,6 +232,13 @@ class _Stops:
     def stop_engine(self, host: str, pair_id: str, generation: int, *_: Any, **__: Any) -> bool:
         self.seen.append((host, generation))
         return True
+
+
+class _Cloud:
+    """failover.cloud.Cloud, of which a disarm asks only what ports there are to free."""
+
+    def server(self, server_id: str) -> None:
+        return None
 
 
 class _Clock:

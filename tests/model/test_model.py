@@ -5,7 +5,7 @@ a counterexample.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -59,26 +59,27 @@ def test_the_search_notices_that(mutation: Mutation, capsys: pytest.CaptureFixtu
 # What cannot be promised
 
 
+def search_for(event: str, where: Callable[[World], bool], bounds: Bounds) -> Found:
+    """The first world in which that happens, or in which something is wrong."""
+    def told(before: World, step: Step) -> str | None:
+        happens = where(before) and any(each[0] == event for each in step.events)
+        return event if happens else properties.wrong(before, step)
+
+    return Search(first_world(bounds), Model(bounds).steps, told).run()
+
+
 def test_a_guest_is_promoted_if_nobody_lived_to_tell_that_it_shut_itself_down() -> None:
     """Its backup cannot know. The guest runs on from its last epoch there, and shuts itself down again."""
-    def heard_of(before: World, step: Step) -> str | None:
-        promoted = [event for event in step.events if event[0] == "promoted"]
-        return "promoted" if promoted and before.seen.off else properties.wrong(before, step)
-
-    bounds = Bounds(epochs=1, pairings=0, faults=1, losses=0, ends=1)
-    found = Search(first_world(bounds), Model(bounds).steps, heard_of).run()
+    found = search_for("promoted", lambda before: before.seen.off,
+                       Bounds(epochs=1, pairings=0, faults=1, losses=0, ends=1))
     assert found.wrong is not None and found.wrong.claim == "promoted"
     assert not any("disarm" in line for line in found.wrong.story)
 
 
 def test_what_the_backup_acknowledged_may_leave_after_the_grant_and_nothing_else() -> None:
     """The packets of an epoch that is in the promoted guest: the network has them late, as it may."""
-    def late(before: World, step: Step) -> str | None:
-        released = [event for event in step.events if event[0] == "released"]
-        return "released" if released and before.seen.promoted else properties.wrong(before, step)
-
-    bounds = Bounds(epochs=2, pairings=0, faults=0, losses=0, ends=0)
-    found = Search(first_world(bounds), Model(bounds).steps, late).run()
+    found = search_for("released", lambda before: bool(before.seen.promoted),
+                       Bounds(epochs=2, pairings=0, faults=0, losses=0, ends=0))
     assert found.wrong is not None and found.wrong.claim == "released"
 
 

@@ -19,6 +19,8 @@ from ftvm_lab.processes import engine_log
 from ftvm_lab.servers import BACKUP_PREFIX
 
 GONE_S = 90.0
+#: Neutron's answers for a port that no server has, and for one that is gone: it tells no bindings of them.
+NO_BINDINGS = (400, 404)
 _OFF = ("SHELVED_OFFLOADED",)
 
 
@@ -54,8 +56,10 @@ def _in_the_cloud(stage: Stage) -> Iterator[str]:
     for port in connection.network.ports():
         if not port.device_owner.startswith("compute:"):
             yield f"port {port.id} of nobody"
-        # Neutron shows none at all of a port that nobody has, or that is gone.
-        for binding in connection.network.get(f"/ports/{port.id}/bindings").json().get("bindings", ()):
+        answer = connection.network.get(f"/ports/{port.id}/bindings", raise_exc=False)
+        if answer.status_code in NO_BINDINGS:
+            continue
+        for binding in answer.json()["bindings"]:
             yield f"port {port.id} bound to {binding['host']}, {binding['status']}"
     for provider in connection.placement.resource_providers():
         reserved = connection.placement.get(f"/resource_providers/{provider.id}/allocations").json()["allocations"]

@@ -2,6 +2,7 @@
 
 import pytest
 
+from nova_ftvm.conf import engine as engine_conf
 from nova_ftvm.core.policy import Measured, Policy, due, watches
 
 EPOCH_S = 0.05
@@ -117,6 +118,11 @@ def test_something_is_always_due(policy: Policy) -> None:
             for asleep_since in (None, 5.5):
                 when = due(policy, EPOCH_S, Measured(5.0, pause_s, output_since, asleep_since))
                 assert 4.0 <= when <= 6.0 + EPOCH_S
+
+
+def test_an_operator_can_choose_each_policy_and_no_other() -> None:
+    (option,) = (option for option in engine_conf.OPTS if option.name == "policy")
+    assert list(option.type.choices) == [str(policy) for policy in reversed(Policy)]
 
 
 def test_nobody_looks_at_processors_that_do_not_matter() -> None:
