@@ -52,6 +52,10 @@ class MirrorLost(FtvmError):
     """QEMU tells a disk's writes no more: no later epoch can be whole."""
 
 
+class OutputLost(FtvmError):
+    """The guest's output is not under our control any more, or what was held of it is gone."""
+
+
 class ReplicaFailed(FtvmError):
     """The standby's disks could not take a write."""
 

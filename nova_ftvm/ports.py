@@ -38,32 +38,47 @@ class Gate(Pollable, Protocol):
     def drain(self) -> bytes: ...
 
 
-class NetBuffer(Protocol):
-    """The guest's output. `barrier` and `release` are QMP lines, their answers carry those words as id."""
+class NetBuffer(Pollable, Protocol):
+    """The guest's output. Readable when it has sent something.
 
-    barrier: bytes
-    release: bytes
+    Each method but `close` raises OutputLost when it is not under our control any more.
+    """
 
-    def install(self) -> None: ...
-
-    def remove(self) -> None: ...
-
-
-class Activity(Pollable, Protocol):
-    """What the guest is at. Readable when it has sent something."""
+    def install(self) -> None:
+        """From now on nothing leaves but by `release`."""
 
     def hear(self) -> bool:
-        """Has it sent something since the last call?"""
+        """Has the guest sent something since the last call?"""
+
+    @property
+    def is_filling(self) -> bool:
+        """Is so much held that a checkpoint should come?"""
+
+    def cut(self) -> None:
+        """What was sent until now, the guest at a stop, is the present checkpoint's."""
+
+    def release(self) -> None:
+        """Lets go what the last cut covers."""
+
+    def remove(self) -> None:
+        """Lets all go, and the guest speak for itself from now on."""
+
+    def close(self) -> None:
+        """Idempotent."""
+
+
+class Processors(Protocol):
+    """The guest's."""
 
     def asleep(self) -> bool:
-        """Do all its processors sleep? Raises GuestGone."""
+        """All of them? Raises GuestGone."""
 
 
 class Note(Protocol):
     """What an agent goes by that finds the guest and no engine: the guest is held, and by whom."""
 
-    def leave(self, frozen: bool = False) -> None:
-        """BEFORE any output can be held, and BEFORE the guest is frozen."""
+    def leave(self) -> None:
+        """BEFORE any output can be held."""
 
     def remove(self) -> None:
         """AFTER a planned end: nothing is held any more. Idempotent."""

@@ -24,7 +24,6 @@ from nova_ftvm.engine.primary import PrimaryEngine
 from nova_ftvm.engine.stats import EpochLog
 from nova_ftvm.exception import FtvmError, InTheWay, Unsupported
 from nova_ftvm.host import qmp
-from nova_ftvm.host.activity import Activity
 from nova_ftvm.host.control import ControlServer
 from nova_ftvm.host.disks import (
     AttendedMonitor,
@@ -36,11 +35,11 @@ from nova_ftvm.host.disks import (
     replicas,
 )
 from nova_ftvm.host.gate import Gate
-from nova_ftvm.host.guests import release
 from nova_ftvm.host.libvirt import Host, StandbyDomain
 from nova_ftvm.host.memory import GuestMemory, TrackedMemory, ram_blocks
-from nova_ftvm.host.netbuf import OutputBuffers, interfaces
+from nova_ftvm.host.netbuf import OutputBuffer, interfaces, remove_filters
 from nova_ftvm.host.note import NoteFile
+from nova_ftvm.host.processors import Processors
 from nova_ftvm.host.watchdog import Watchdog
 from nova_ftvm.types import Generation, Role
 
@@ -130,23 +129,24 @@ def run_primary(order: Order, control: ControlServer) -> int:
     note = NoteFile(order.folder, order.pair_id, order.generation, order.instance_id, monitor.pid)
     # The manager begins only with a guest that may speak, and the backup that answered waits for its first epoch: what
     # an engine holds that died here is let go now, and not at the end of the first copy.
-    release(monitor, order.folder)
+    netdevs = interfaces(monitor)
+    remove_filters(monitor, netdevs)
     note.remove()
     pidfd = qmp.pidfd_of(monitor)
     memory = TrackedMemory(monitor.pid, pidfd, blocks)
-    activity = Activity(monitor, order.path("output.fifo"), order.qemu_owner)
-    buffers = OutputBuffers(monitor, interfaces(monitor), activity.signs.path)
+    buffers = OutputBuffer(monitor, netdevs)
+    processors = Processors(monitor)
     mirror = DiskMirror(monitor, disks, order.path("disks.sock"), order.qemu_owner, order.disk_copy_mib_s << 20,
                         _MAX_REQUEST)
-    gate = Gate(order.path("state.fifo"), order.qemu_owner, beside=(activity.signs,))
+    gate = Gate(order.path("state.fifo"), order.qemu_owner)
     save = qmp.encode("xen-save-devices-state", {"filename": gate.path, "live": False}, "save")
     pace = Pace(policy=Policy(order.policy), epoch_s=order.epoch_ms / 1000, ack_limit_s=order.ack_limit_ms / 1000,
                 beat_s=order.beat_ms / 1000, live_passes=order.live_passes, live_rest_pages=order.live_rest_pages)
     engine = PrimaryEngine(
         generation=order.generation, loop=EpochLoop(pace, time.monotonic()), memory=memory,
-        talk=Conversation(monitor, gate, buffers, save, ended_mirror), monitor=monitor, gate=gate, buffers=buffers,
+        talk=Conversation(monitor, gate, save, ended_mirror), monitor=monitor, gate=gate, buffers=buffers,
         mirror=mirror, fixed=read_only_contents(disks), shallow=shallow, log_limit=order.disk_log_mib << 20, link=link,
-        note=note, activity=activity, control=control, pidfd=pidfd, watchdog=Watchdog(order.hold_limit_ms / 1000),
+        note=note, processors=processors, control=control, pidfd=pidfd, watchdog=Watchdog(order.hold_limit_ms / 1000),
         stats=EpochLog(order.path("epochs.jsonl")), frame_limit=order.frame_limit_bytes)
     control.report("started")
     try:
@@ -154,7 +154,8 @@ def run_primary(order: Order, control: ControlServer) -> int:
     finally:
         # Before the farewell: whatever ended the engine, a guest that waits at the gate or for its disks runs on.
         gate.close()
-        activity.close()
+        buffers.close()
+        processors.close()
         mirror.close()
         try:
             mirror.remove()

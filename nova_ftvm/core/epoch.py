@@ -3,8 +3,8 @@
                        +--------------------------------------------------+
                        v                                                  |
     COPYING --> STOPPING --> STOPPED ---> DRAINING --> UNACKNOWLEDGED --> RUNNING
-     (live)      (batch      (disks come   (RAM copied,   (shipped; guest   (released)
-                  sent)       to rest)      gate open)     runs, output held)
+     (live)      (save       (disks come   (RAM copied,   (shipped; guest   (released)
+                  asked)      to rest)      gate open)     runs, output held)
     any of them, the peer lost or handed the guest --> HOLDING --grant--> ALONE
                                                           +----refusal--> FENCED
 
@@ -26,9 +26,6 @@ ASK_AGAIN_S = 0.5
 ACK_ALLOWANCE_S = 50e-6
 #: What it grows by with each byte of the epoch's disk writes: 10 MB/s. Only a backup that is heard of gets it.
 DISK_ALLOWANCE_S = 100e-9
-#: A guest whose output is held for longer is paused: the buffers' own timers (host/netbuf.py, 71 min of the guest's
-#: time) would let it go by themselves, without a grant.
-HOLD_LIMIT_S = 1800.0
 #: How long a backup that was handed the guest may take to get the arbiter's grant, before we ask to go on alone.
 HAND_OVER_LIMIT_S = 3.0
 #: Silence of the backup that ends the first copy. Nothing is held yet, so there is no hurry.
@@ -48,19 +45,19 @@ class Phase(enum.Enum):
     ENDED = "ended as planned"
 
 
-#: Between the batch and the guest's restart: whatever happens, the checkpoint is finished first.
+#: Between the save's command and the guest's restart: whatever happens, the checkpoint is finished first.
 PAUSED = frozenset({Phase.STOPPING, Phase.STOPPED, Phase.DRAINING})
 OVER = frozenset({Phase.ALONE, Phase.FENCED, Phase.ENDED})
 
 
 class Act(enum.Enum):
-    #: Install the output buffers, BEFORE the first checkpoint.
+    #: Hold the guest's output, BEFORE the first checkpoint.
     BUFFER = enum.auto()
-    #: Send the batch: barrier, then save.
+    #: Ask QEMU to stop the guest and save its devices.
     CHECKPOINT = enum.auto()
     #: Note the written pages: the processors are stopped, QEMU still ends its disk requests.
     LOOK = enum.auto()
-    #: End the epoch's disk writes here, and copy its pages: the disks are at rest, nothing changes any more.
+    #: End the epoch's output and disk writes here, and copy its pages: the disks are at rest, nothing changes any more.
     CAPTURE = enum.auto()
     #: Let QEMU write its device state, AFTER the capture: the guest starts when all is read.
     OPEN_GATE = enum.auto()
@@ -70,12 +67,8 @@ class Act(enum.Enum):
     RELEASE = enum.auto()
     #: Let the guest write to its disks without us: no epoch will come that could hold it.
     UNMIRROR = enum.auto()
-    #: Let all output go and take the buffers away.
+    #: Let all output go, and hold none any more.
     UNBUFFER = enum.auto()
-    #: Pause the guest, AFTER BUFFER and BEFORE the buffers' own timers let go what is held.
-    FREEZE = enum.auto()
-    #: Let it run again, AFTER UNBUFFER.
-    THAW = enum.auto()
     #: Ask the arbiter to go on alone.
     ASK = enum.auto()
     #: Say that the pair's RAM, devices and disks are on the backup for the first time.
@@ -128,9 +121,6 @@ class EpochLoop:
         self._next_ask = now
         self._next_beat = now
         self._heard = now
-        self._freeze_at = now
-        self._buffered = False
-        self._frozen = False
         self._stop_asked = False
         self._hand_over_asked = False
         self._guest_runs = True
@@ -146,7 +136,7 @@ class EpochLoop:
         elif self.phase is Phase.COPYING and now >= self._heard + COPY_SILENCE_S:
             acts += self._lose(f"nothing heard of the backup for {COPY_SILENCE_S:g} s", now)
         elif self.phase is Phase.HOLDING and now >= self._next_ask:
-            acts += (*self._freeze(now), *self._ask(now))
+            acts += self._ask(now)
         if self.phase not in OVER and self.phase is not Phase.HOLDING and now >= self._next_beat:
             self._next_beat = now + self._pace.beat_s
             acts.append(Act.BEAT)
@@ -193,12 +183,10 @@ class EpochLoop:
         self._passes += 1
         if pages > self._pace.live_rest_pages and self._passes < self._pace.live_passes:
             return ()
-        self._buffered = True
         return (Act.BUFFER, *self._checkpoint())
 
     def on_paused(self, paused: bool) -> None:
-        """Somebody else stopped the guest, or started it: one that stands still needs no checkpoint, and is neither
-        frozen nor thawed by us."""
+        """Somebody else stopped the guest, or started it: one that stands still needs no checkpoint."""
         self._guest_runs = not paused
 
     def on_stopped(self) -> Acts:
@@ -213,6 +201,8 @@ class EpochLoop:
         if self.phase is not Phase.STOPPED:
             return ()
         self.phase = Phase.DRAINING
+        # What it has sent is covered. What it sends from now on is the next epoch's.
+        self._seen.output_since = self._seen.asleep_since = None
         return (Act.CAPTURE, Act.OPEN_GATE)
 
     def on_resumed(self, now: float, pages: int, disk_bytes: int, pause_s: float = 0.0) -> Acts:
@@ -249,8 +239,8 @@ class EpochLoop:
         self.phase = Phase.RUNNING
         return (Act.RELEASE, Act.REPORT_PROTECTED) if epoch == 1 else (Act.RELEASE,)
 
-    def on_log_full(self) -> None:
-        """The guest's writes wait for room in the log: the next checkpoint makes it."""
+    def on_filling(self) -> None:
+        """What is held of the guest's output, or logged of its writes, has no room for more: a checkpoint makes it."""
         self._urgent = True
 
     # The pair
@@ -266,7 +256,7 @@ class EpochLoop:
             return ()
         if grant.granted:
             self.phase = Phase.ALONE
-            return self._let_go()
+            return (Act.UNBUFFER,)
         return self.on_fence(grant.reason)
 
     def on_fence(self, why: str) -> Acts:
@@ -312,8 +302,6 @@ class EpochLoop:
         return self._seen.resumed if self._urgent else policy.due(self._pace.policy, self._pace.epoch_s, self._seen)
 
     def _checkpoint(self) -> Acts:
-        # What is sent from now on, the next epoch may have to carry: its sign comes after this.
-        self._seen.output_since = self._seen.asleep_since = None
         self._urgent = False
         self.phase = Phase.STOPPING
         self.epoch = Epoch(self.epoch + 1)
@@ -325,12 +313,10 @@ class EpochLoop:
 
     def _hold(self, now: float) -> Acts:
         self.phase = Phase.HOLDING
-        self._freeze_at = now + HOLD_LIMIT_S
         return (*self._ask(now), Act.UNMIRROR)
 
     def _hand_over(self, now: float) -> Acts:
         self.phase, self.reason = Phase.HOLDING, "the backup did not take the guest that was handed to it"
-        self._freeze_at = now + HOLD_LIMIT_S
         self._next_ask = now + HAND_OVER_LIMIT_S
         return (Act.SAY_HAND_OVER, Act.UNMIRROR)
 
@@ -345,14 +331,4 @@ class EpochLoop:
 
     def _end(self) -> Acts:
         self.phase = Phase.ENDED
-        return (Act.SAY_BYE, *self._let_go())
-
-    def _freeze(self, now: float) -> Acts:
-        """Again, if somebody starts it meanwhile."""
-        if not self._buffered or not self._guest_runs or now < self._freeze_at:
-            return ()
-        self._frozen, self._guest_runs = True, False
-        return (Act.FREEZE,)
-
-    def _let_go(self) -> Acts:
-        return (Act.UNBUFFER, Act.THAW) if self._frozen else (Act.UNBUFFER,)
+        return (Act.SAY_BYE, Act.UNBUFFER)

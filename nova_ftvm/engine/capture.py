@@ -20,7 +20,7 @@ class GuestEvent(enum.Enum):
     STOPPED = enum.auto()
     #: The guest runs again and `Checkpoint.state` is whole.
     RESUMED = enum.auto()
-    #: The checkpoint is of no use, or output escaped our control. The guest runs.
+    #: The checkpoint is of no use. The guest runs.
     SAVE_FAILED = enum.auto()
     #: Somebody else stopped the guest, or started it again.
     PAUSED = enum.auto()
@@ -56,35 +56,28 @@ class Checkpoint:
 class Conversation:
     """The checkpoints of one guest, one at a time."""
 
-    def __init__(self, monitor: ports.Monitor, gate: ports.Gate, buffers: ports.NetBuffer, save: bytes,
+    def __init__(self, monitor: ports.Monitor, gate: ports.Gate, save: bytes,
                  ended_mirror: Callable[[ports.Message], str]) -> None:
         """`save`: the command, as a QMP line with the id 'save', that writes the device state to the gate.
         `ended_mirror`: why a mirror of ours is over, if an event says so."""
         self._monitor = monitor
         self._gate = gate
-        self._buffers = buffers
-        self._batch = buffers.barrier + save
+        self._save = save
         self._saving = False
         self._ended_mirror = ended_mirror
         self.lost_mirror = ""
-        #: A barrier or a release that failed: output that is not under our control.
-        self._broken = ""
         self.current = Checkpoint()
 
     def begin(self) -> None:
-        """Sends the batch: barrier first, then the save, in one write."""
+        """Sends the save."""
         self.current = Checkpoint()
         self._saving = True
         self._gate.narrow()
-        self._monitor.send(self._batch)
+        self._monitor.send(self._save)
 
     def read_state(self) -> None:
         """Takes what is in the gate."""
         self.current.state += self._gate.drain()
-
-    def release(self) -> None:
-        """Lets the acknowledged output go; the answers come later."""
-        self._monitor.send(self._buffers.release)
 
     def events(self) -> Iterator[GuestEvent]:
         """What QEMU said since the last call, in its order."""
@@ -115,13 +108,12 @@ class Conversation:
         return GuestEvent.STOPPED
 
     def _answer(self, message: ports.Message) -> GuestEvent | None:
-        ident = message.get("id")
-        if "error" in message:
-            self._broken = f"QEMU's {ident} failed: {message['error']['desc']}"
-        if ident != _SAVE:
+        if message.get("id") != _SAVE:
             return None
         # QEMU starts the guest before it answers, so RESUME came before, if the guest was running at all.
         self._saving = False
         self.read_state()
-        self.current.failure = self._broken
-        return GuestEvent.SAVE_FAILED if self._broken else GuestEvent.RESUMED
+        if "error" not in message:
+            return GuestEvent.RESUMED
+        self.current.failure = f"QEMU's {_SAVE} failed: {message['error']['desc']}"
+        return GuestEvent.SAVE_FAILED

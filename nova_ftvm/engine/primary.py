@@ -23,15 +23,16 @@ from nova_ftvm.engine.firstcopy import FirstCopy
 from nova_ftvm.engine.freight import Freight
 from nova_ftvm.engine.link import Link, PeerLost
 from nova_ftvm.engine.stats import EpochLog, Stage
-from nova_ftvm.exception import FtvmError, GuestGone, MirrorLost, ProtocolError, QemuError
+from nova_ftvm.exception import GuestGone, MirrorLost, OutputLost, ProtocolError, QemuError
 from nova_ftvm.types import Buffer, Generation, Grant
 
 LOG = logging.getLogger(__name__)
 
 #: Progress of the first copy is told so often.
 _PROGRESS_S = 1.0
-#: What a guest's write may wait for the loop beside the watchdog's limit, while the first copy asks QEMU things.
-_COPY_SLACK_S = 10.0
+#: What a guest may wait for the loop beside the watchdog's limit, while QEMU is asked things: in the first copy, and
+#: when its output is let go for good.
+_ASKING_SLACK_S = 10.0
 #: How long after its sockets a process that ends is gone.
 _LAST_BREATH_S = 0.2
 #: How often the guest's processors are looked at while its output is gathered.
@@ -46,7 +47,7 @@ class PrimaryEngine:
     def __init__(self, *, generation: Generation, loop: EpochLoop, memory: ports.Memory, talk: Conversation,
                  monitor: ports.Monitor, gate: ports.Gate, buffers: ports.NetBuffer, mirror: ports.Mirror,
                  fixed: Iterator[DiskWrite], shallow: Collection[int], log_limit: int, link: Link, note: ports.Note,
-                 activity: ports.Activity, control: ports.Control, pidfd: int, watchdog: ports.Watchdog,
+                 processors: ports.Processors, control: ports.Control, pidfd: int, watchdog: ports.Watchdog,
                  stats: EpochLog, frame_limit: int, clock: Callable[[], float] = time.monotonic) -> None:
         """fixed: contents of the disks that nobody writes to. shallow: the disks whose replica lies on the same base.
         log_limit: bytes of disk writes that may be on their way."""
@@ -61,7 +62,7 @@ class PrimaryEngine:
         self._linked = True
         self._asks = False
         self._note = note
-        self._activity = activity
+        self._processors = processors
         self._control = control
         self._pidfd = pidfd
         self._watchdog = watchdog
@@ -81,7 +82,7 @@ class PrimaryEngine:
         self._selector.register(monitor, selectors.EVENT_READ, self._on_monitor)
         self._selector.register(control, selectors.EVENT_READ, self._on_control)
         self._selector.register(link, selectors.EVENT_READ, self._on_link)
-        self._selector.register(activity, selectors.EVENT_READ, self._on_output)
+        self._selector.register(buffers, selectors.EVENT_READ, self._on_output)
         self._selector.register(pidfd, selectors.EVENT_READ, self._on_guest_gone)
         self._does: dict[Act, Callable[[], None]] = {
             Act.BUFFER: self._buffer,
@@ -92,9 +93,7 @@ class PrimaryEngine:
             Act.SHIP: self._ship,
             Act.RELEASE: self._release,
             Act.UNMIRROR: self._unmirror,
-            Act.UNBUFFER: buffers.remove,
-            Act.FREEZE: self._freeze,
-            Act.THAW: lambda: self._monitor.command("cont"),
+            Act.UNBUFFER: self._unbuffer,
             Act.ASK: self._ask,
             Act.REPORT_PROTECTED: lambda: self._control.report("protected"),
             Act.SAY_BYE: lambda: self._say(wire.Kind.BYE),
@@ -108,7 +107,7 @@ class PrimaryEngine:
         """Returns the phase in which the protection ended."""
         try:
             # From the first mirror on, the guest's writes wait for this process.
-            self._watchdog.arm(_COPY_SLACK_S)
+            self._watchdog.arm(_ASKING_SLACK_S)
             self._mirror.start(self._shallow)
             trip(Fault.MIRROR_STARTED)
             while self._loop.phase not in OVER:
@@ -129,15 +128,15 @@ class PrimaryEngine:
             for key, _ in self._selector.select(patience):
                 key.data()
             if self._loop.watches_processors:
-                self._loop.on_processors(self._activity.asleep(), self._clock())
+                self._loop.on_processors(self._processors.asleep(), self._clock())
             self._do(self._loop.tick(self._clock()))
             if self._copies():
                 self._copy_some()
         except GuestGone as gone:
             LOG.warning("the guest is gone: %s", gone)
             self._on_guest_gone()
-        except MirrorLost as lost:
-            self._lose_mirror(str(lost))
+        except (MirrorLost, OutputLost) as lost:
+            self._lose_hold(str(lost))
         except (PeerLost, ProtocolError) as lost:
             self._lose_link(str(lost))
 
@@ -147,7 +146,7 @@ class PrimaryEngine:
         return min(patience, _LOOK_S) if self._loop.watches_processors else patience
 
     def _guard(self, patience: float) -> None:
-        """A loop that hangs holds the guest up: in a checkpoint, and with its disk writes at any time.
+        """A loop that hangs holds the guest up: in a checkpoint, and with its disk writes and its output at any time.
 
         One that turns does not: then it is QEMU that takes its time, to flush the host's disk for one. Only when that
         never ends is the checkpoint given up.
@@ -156,10 +155,8 @@ class PrimaryEngine:
             if self._clock() > self._checkpoint_deadline:
                 raise QemuError("xen-save-devices-state", f"not done within {_CHECKPOINT_LIMIT_S:g} s")
             self._watchdog.arm(patience)
-        elif self._disks.open:
-            self._watchdog.arm(patience + (_COPY_SLACK_S if self._loop.phase is Phase.COPYING else 0.0))
         else:
-            self._watchdog.disarm()
+            self._watchdog.arm(patience + (_ASKING_SLACK_S if self._loop.phase is Phase.COPYING else 0.0))
 
     def _do(self, acts: Acts) -> None:
         for act in acts:
@@ -182,7 +179,7 @@ class PrimaryEngine:
                 self._finish_checkpoint()
                 self._do(self._loop.on_checkpoint_failed(self._talk.current.failure, self._clock()))
             elif event is GuestEvent.MIRROR_OVER:
-                self._lose_mirror(self._talk.lost_mirror)
+                self._lose_hold(self._talk.lost_mirror)
             elif event is GuestEvent.SHUTDOWN:
                 self._control.report("guest_shutdown")
                 self._do(self._loop.on_guest_shutdown())
@@ -209,8 +206,10 @@ class PrimaryEngine:
         self._watch_link()
 
     def _on_output(self) -> None:
-        if self._activity.hear():
+        if self._buffers.hear():
             self._loop.on_output(self._clock())
+        if self._buffers.is_filling:
+            self._loop.on_filling()
 
     def _commit(self, acts: Acts) -> None:
         self._do(acts)
@@ -251,13 +250,9 @@ class PrimaryEngine:
         self._buffers.install()
         trip(Fault.BUFFERED)
 
-    def _freeze(self) -> None:
-        try:
-            self._note.leave(frozen=True)
-        except FtvmError as error:
-            # Better frozen until somebody looks than heard without a grant.
-            LOG.error("if this engine dies, nobody will know that it has paused the guest: %s", error)
-        self._monitor.command("stop")
+    def _unbuffer(self) -> None:
+        self._watchdog.arm(_ASKING_SLACK_S)
+        self._buffers.remove()
 
     def _ask(self) -> None:
         if not self._asks:
@@ -271,16 +266,15 @@ class PrimaryEngine:
 
     def _checkpoint(self) -> None:
         self._memory.begin_capture()
-        # What it has sent is covered. A sign of what it sends from now on is for the next epoch.
-        self._activity.hear()
         self._stats.began()
-        trip(Fault.BEFORE_BATCH)
+        trip(Fault.BEFORE_SAVE)
         self._checkpoint_deadline = self._clock() + _CHECKPOINT_LIMIT_S
         self._watchdog.arm()
         self._talk.begin()
-        trip(Fault.BATCH_SENT)
+        trip(Fault.SAVE_SENT)
 
     def _capture(self) -> None:
+        self._buffers.cut()
         self._talk.current.cut = self._disks.cut()
         trip(Fault.LOG_CUT)
         for pages in self._memory.capture():
@@ -317,7 +311,7 @@ class PrimaryEngine:
 
     def _release(self) -> None:
         trip(Fault.BEFORE_RELEASE)
-        self._talk.release()
+        self._buffers.release()
 
     # The first copy
 
@@ -348,18 +342,18 @@ class PrimaryEngine:
         elif watched and not wanted:
             self._selector.unregister(self._disks)
         if not self._disks.has_room(self._link.queued):
-            self._loop.on_log_full()
+            self._loop.on_filling()
 
-    def _lose_mirror(self, why: str) -> None:
-        """The backup lives, but no epoch after this can be whole.
+    def _lose_hold(self, why: str) -> None:
+        """Of a disk's writes or of the output: the backup lives, but no epoch after this can be whole.
 
-        A QEMU that dies closes its mirrors first. That is the backup's hour: to ask to go on alone would lose it all.
+        A QEMU that dies closes those first. That is the backup's hour: to ask to go on alone would lose it all.
         """
         self._unmirror()
         if select.select([self._pidfd], [], [], _LAST_BREATH_S)[0]:
             self._on_guest_gone()
             return
-        LOG.warning("a disk is not followed any more: %s", why)
+        LOG.warning("the guest is not followed any more: %s", why)
         self._do(self._loop.on_peer_lost(why, self._clock()))
 
     def _unmirror(self) -> None:

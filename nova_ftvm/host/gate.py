@@ -1,5 +1,4 @@
-"""The FIFOs that QEMU writes into. The gate is for its device state: as long as nobody drains it, the guest stays
-paused.
+"""The FIFO for QEMU's device state: as long as nobody drains it, the guest stays paused.
 
 QEMU cannot finish xen-save-devices-state, so cannot start the guest, before the last byte fits into the pipe.
 A pipe of one page is the gate; once RAM is copied it is widened, so that the rest passes in one go.
@@ -8,15 +7,13 @@ It must be a named FIFO: QEMU opens the target with O_TRUNC, which fails on a pi
 A FIFO without a reader has a trap: to open it for writing waits for one, for ever. An engine that dies between its
 command and QEMU's open would leave QEMU, and the guest, waiting there. So each gate has a keeper, a forked process
 that does nothing until the engine is gone: then it lets QEMU in, throws away what it writes, and takes the path away,
-so that whoever opens it later gets an ordinary file (doc/source/contributor/decisions/gate-keeper.rst). The keeper
-does the same for the engine's other FIFOs.
+so that whoever opens it later gets an ordinary file (doc/source/contributor/decisions/gate-keeper.rst).
 """
 
 import contextlib
 import fcntl
 import os
 import select
-from collections.abc import Sequence
 from typing import NoReturn
 
 F_SETPIPE_SZ = 1031
@@ -28,8 +25,8 @@ _QUIET_MS = 200
 _MOST_FDS = 1 << 20
 
 
-class Fifo:
-    """Both ends are ours, so it never shows end-of-file. Somebody has to keep it: see Gate."""
+class Gate:
+    """When this process dies, its keeper lets QEMU go on."""
 
     def __init__(self, path: str, owner: tuple[int, int] | None = None) -> None:
         if os.path.lexists(path):
@@ -38,19 +35,28 @@ class Fifo:
         if owner is not None:
             os.chown(path, *owner)
         self.path = path
+        # Both ends are ours, so it never shows end-of-file.
         self._fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-        self.inode = os.fstat(self._fd).st_ino
-        self.widen()
+        engine_lives, self._lives = os.pipe()
+        self._keeper = os.fork()
+        if self._keeper == 0:
+            _keep(path, os.fstat(self._fd).st_ino, engine_lives)
+        os.close(engine_lives)
+        self.narrow()
 
     def fileno(self) -> int:
         return self._fd
 
+    def narrow(self) -> None:
+        """Before each checkpoint, the FIFO empty: QEMU waits here until it is widened, once RAM is copied."""
+        fcntl.fcntl(self._fd, F_SETPIPE_SZ, _NARROW)
+
     def widen(self) -> None:
-        """Much fits into it."""
+        """The rest passes in one go."""
         fcntl.fcntl(self._fd, F_SETPIPE_SZ, _WIDE)
 
     def drain(self) -> bytes:
-        """What is in the FIFO now; b'' when nothing is."""
+        """What is in the gate now; b'' when nothing is."""
         parts: list[bytes] = []
         while True:
             try:
@@ -60,42 +66,19 @@ class Fifo:
             parts.append(part)
 
     def close(self) -> None:
-        os.close(self._fd)
-
-
-class Gate(Fifo):
-    """When this process dies, its keeper lets QEMU go on, here and at the FIFOs `beside`."""
-
-    def __init__(self, path: str, owner: tuple[int, int] | None = None, beside: Sequence[Fifo] = ()) -> None:
-        super().__init__(path, owner)
-        engine_lives, self._lives = os.pipe()
-        self._keeper = os.fork()
-        if self._keeper == 0:
-            _keep(self, beside, engine_lives)
-        os.close(engine_lives)
-        self.narrow()
-
-    def narrow(self) -> None:
-        """Before each checkpoint, the FIFO empty: QEMU waits here until it is widened, once RAM is copied."""
-        fcntl.fcntl(self._fd, F_SETPIPE_SZ, _NARROW)
-
-    def close(self) -> None:
         """The keeper does it, as if this process had died; until it is done QEMU has a reader here too."""
         os.close(self._lives)
         os.waitpid(self._keeper, 0)
-        super().close()
+        os.close(self._fd)
 
 
-def _keep(gate: Fifo, beside: Sequence[Fifo], engine_lives: int) -> NoReturn:
+def _keep(path: str, inode: int, engine_lives: int) -> NoReturn:
     """The keeper's whole life, in a process of its own that holds nothing else of the engine's."""
     try:
         os.closerange(0, engine_lives)
         os.closerange(engine_lives + 1, _MOST_FDS)
         os.read(engine_lives, 1)
-        # What QEMU writes beside the gate is little, and has room until we are gone.
-        for fifo in beside:
-            _let_in(fifo)
-        entrance = _let_in(gate)
+        entrance = _let_in(path, inode)
         if entrance is not None:
             waiting = select.poll()
             waiting.register(entrance, select.POLLIN)
@@ -105,11 +88,11 @@ def _keep(gate: Fifo, beside: Sequence[Fifo], engine_lives: int) -> NoReturn:
         os._exit(0)
 
 
-def _let_in(fifo: Fifo) -> int | None:
+def _let_in(path: str, inode: int) -> int | None:
     """A reader, unless the path is somebody else's by now."""
     with contextlib.suppress(FileNotFoundError):
-        reader = os.open(fifo.path, os.O_RDONLY | os.O_NONBLOCK)
-        if os.fstat(reader).st_ino == fifo.inode:
-            os.unlink(fifo.path)
+        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        if os.fstat(reader).st_ino == inode:
+            os.unlink(path)
             return reader
     return None

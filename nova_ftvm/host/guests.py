@@ -14,7 +14,7 @@ from nova_ftvm.exception import GuestGone, QemuError, Unsupported
 from nova_ftvm.host import note, qmp
 from nova_ftvm.host.disks import remove_mirrors
 from nova_ftvm.host.libvirt import Host
-from nova_ftvm.host.netbuf import OutputBuffers, interfaces
+from nova_ftvm.host.netbuf import interfaces, remove_filters
 
 MONITOR = "monitor.sock"
 
@@ -89,10 +89,10 @@ class Guests:
         return True
 
     def let_go(self, instance_id: str) -> None:
-        """Releases what a dead engine held, lets the guest run if that engine had frozen it, and lets go of the disks:
-        the mirror of one that nobody writes to would never notice. Only with the arbiter's grant, or disarmed."""
+        """Lets the guest be heard whose engine is dead, and lets go of its disks: the mirror of one that nobody writes
+        to would never notice. Only with the arbiter's grant, or disarmed."""
         with self._monitor(instance_id) as monitor:
-            release(monitor, self.folder(instance_id))
+            remove_filters(monitor, interfaces(monitor))
             remove_mirrors(monitor)
         note.remove(self.folder(instance_id))
 
@@ -119,15 +119,6 @@ class Guests:
             return call(host)
         finally:
             host.close()
-
-
-def release(monitor: qmp.Monitor, folder: str) -> None:
-    """Lets all output go that a dead engine held, and the guest run that it froze. One that somebody else paused stays
-    as it is: the engine freezes none of those, and its note tells."""
-    OutputBuffers(monitor, interfaces(monitor)).remove()
-    left = note.find(folder)
-    if left is not None and left.frozen and monitor.command("query-status")["status"] == "paused":
-        monitor.command("cont")
 
 
 def _is_served(path: str) -> bool:

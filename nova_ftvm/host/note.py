@@ -2,9 +2,9 @@
 
     <runtime folder of the server>/primary.note    one JSON object, the fields of `Note`
 
-Written by the primary's engine before any output can be held, and again before it freezes the guest. Removed by it at a
-planned end, and by whoever lets the guest go or destroys it in its place (host/guests.py). Read by an agent that starts
-(cmd/agent.py). Decides nothing: what becomes of the guest is the arbiter's to say.
+Written by the primary's engine before any output can be held. Removed by it at a planned end, and by whoever lets the
+guest go or destroys it in its place (host/guests.py). Read by an agent that starts (cmd/agent.py). Decides nothing:
+what becomes of the guest is the arbiter's to say.
 
 A note is there whole or not at all. It is not flushed to a disk: a host that loses its power loses the guest as well,
 and a note without its guest is none.
@@ -40,8 +40,6 @@ class Note:
     instance_id: str
     qemu_pid: int
     qemu_started: int
-    #: The engine has paused the guest, or was about to.
-    frozen: bool = False
 
 
 class NoteFile:
@@ -51,7 +49,7 @@ class NoteFile:
         self._folder = folder
         self._note = Note(pair_id, generation, instance_id, qemu_pid, started(qemu_pid) or 0)
 
-    def leave(self, frozen: bool = False) -> None:
+    def leave(self) -> None:
         """Raises NoteLost."""
         path = _path(self._folder)
         partial = f"{path}.new"
@@ -60,7 +58,7 @@ class NoteFile:
                 os.unlink(partial)
             # Exclusive: the folder is QEMU's user's, who must not lead our pen elsewhere.
             with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-                json.dump(dataclasses.asdict(dataclasses.replace(self._note, frozen=frozen)), file)
+                json.dump(dataclasses.asdict(self._note), file)
             os.rename(partial, path)
         except OSError as error:
             raise NoteLost(f"no note can be left in {self._folder}: {error}") from error

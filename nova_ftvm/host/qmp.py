@@ -17,6 +17,8 @@ from nova_ftvm.exception import GuestGone, QemuError
 
 Message = dict[str, Any]
 
+#: What a descriptor is sent with: QMP takes no notice of it.
+_BLANK = b" "
 _CHUNK = 1 << 16
 _UCRED = struct.Struct("3i")
 
@@ -74,6 +76,14 @@ class Monitor:
                     return message["return"]
         finally:
             self._waiting = skipped + self._waiting
+
+    def give(self, name: str, descriptor: socket.socket) -> None:
+        """QEMU gets a copy of the descriptor, which a later command calls by this name."""
+        try:
+            socket.send_fds(self._socket, [_BLANK], [descriptor.fileno()])
+        except OSError as error:
+            raise GuestGone(f"QEMU closed its monitor: {error}") from error
+        self.command("getfd", fdname=name)
 
     def send(self, lines: bytes) -> None:
         """Sends whole lines; they are short, so that the socket's buffer always takes them."""

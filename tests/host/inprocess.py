@@ -31,7 +31,6 @@ from nova_ftvm.engine.capture import Conversation
 from nova_ftvm.engine.primary import PrimaryEngine
 from nova_ftvm.engine.stats import EpochLog
 from nova_ftvm.host import qmp
-from nova_ftvm.host.activity import Activity
 from nova_ftvm.host.disks import (
     AttendedMonitor,
     DiskMirror,
@@ -43,7 +42,8 @@ from nova_ftvm.host.disks import (
 )
 from nova_ftvm.host.gate import Gate
 from nova_ftvm.host.memory import GuestMemory, TrackedMemory, ram_blocks
-from nova_ftvm.host.netbuf import OutputBuffers, interfaces
+from nova_ftvm.host.netbuf import OutputBuffer, interfaces
+from nova_ftvm.host.processors import Processors
 from nova_ftvm.types import PAGE, Disk, Generation
 from tests.host.images import SECTOR
 from tests.host.machine import Qemu, read_all, wait_for
@@ -91,7 +91,7 @@ class NoWatchdog:
 
 
 class NoNote:
-    def leave(self, frozen: bool = False) -> None: ...
+    def leave(self) -> None: ...
 
     def remove(self) -> None: ...
 
@@ -193,7 +193,7 @@ class HeldGate(Gate):
         return part
 
 
-class ComparingConversation(Conversation):
+class ComparingBuffer(OutputBuffer):
     """Compares before the output of a held epoch is released."""
 
     compare: Callable[[], None]
@@ -276,21 +276,22 @@ class Comparison:
         memory = self._memory_type(monitor.pid, pidfd, self._blocks)
         mirror = self._mirror_type(monitor, self._disks, str(self._folder / "disks.sock"), (0, 0), 0, MAX_REQUEST)
         gate = HeldGate(str(self._folder / "state.fifo"), self._every, self._look)
-        activity = Activity(monitor, str(self._folder / "output.fifo"))
-        buffers = OutputBuffers(monitor, interfaces(monitor), activity.signs.path)
+        buffers = ComparingBuffer(monitor, interfaces(monitor))
+        buffers.compare = self._compare
+        processors = Processors(monitor)
         save = qmp.encode("xen-save-devices-state", {"filename": gate.path, "live": False}, "save")
-        talk = ComparingConversation(monitor, gate, buffers, save, ended_mirror)
-        talk.compare = self._compare
         try:
             self.phase = self._engine_type(
-                generation=GENERATION, memory=memory, talk=talk, monitor=monitor, gate=gate, buffers=buffers, link=link,
+                generation=GENERATION, memory=memory, talk=Conversation(monitor, gate, save, ended_mirror),
+                monitor=monitor, gate=gate, buffers=buffers, link=link,
                 mirror=mirror, fixed=read_only_contents(self._disks), shallow=self.shallow, log_limit=LOG_LIMIT,
                 loop=EpochLoop(Pace(Policy.FIXED, 0.02, 20.0, 0.5, 4, 2048), time.monotonic()), control=self._orders,
-                pidfd=pidfd, watchdog=NoWatchdog(), note=NoNote(), activity=activity,
+                pidfd=pidfd, watchdog=NoWatchdog(), note=NoNote(), processors=processors,
                 stats=EpochLog(str(self._folder / "epochs.jsonl")), frame_limit=LIMIT).run()
         finally:
             gate.close()
-            activity.close()
+            buffers.close()
+            processors.close()
             memory.close()
             mirror.close()
             mirror.remove()

@@ -30,7 +30,7 @@ from nova_ftvm.core import dirty
 from nova_ftvm.engine.faults import TRIPPED
 from nova_ftvm.host import procmem, qmp
 from nova_ftvm.host.disks import AttendedMonitor
-from nova_ftvm.host.netbuf import OutputBuffers, interfaces
+from nova_ftvm.host.netbuf import interfaces, remove_filters
 from nova_ftvm.types import PAGE, RamBlock
 
 ROOT = Path(__file__).parents[2]
@@ -301,7 +301,7 @@ class Qemu:
     def unbuffer(self) -> None:
         """What the agent does in the place of a dead engine."""
         with self.monitor() as monitor:
-            OutputBuffers(monitor, interfaces(monitor)).remove()
+            remove_filters(monitor, interfaces(monitor))
 
     @contextlib.contextmanager
     def monitor(self) -> Iterator[AttendedMonitor]:

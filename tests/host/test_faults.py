@@ -12,7 +12,6 @@ import pytest
 from nova_ftvm.cmd.agent import lost_engines
 from nova_ftvm.engine.faults import Fault
 from nova_ftvm.host.guests import Guests
-from nova_ftvm.host.note import NoteFile
 from tests.host.conftest import CHURN, Launch
 from tests.host.machine import ORDER, Engine, Network, Qemu, Session, wait_for
 from tests.host.protection import Protection, protected
@@ -161,9 +160,6 @@ def test_a_guest_whose_engine_died_unseen_is_found_by_its_note_and_let_go(primar
         session.exchange(5)
         pair.primary.kill()
         unanswered = session.send()
-        # As if it had held for long before it died.
-        NoteFile(str(primary.folder), "pair", 1, name, primary.pid).leave(frozen=True)
-        primary.operator.command("stop")
         (lost,) = lost_engines(runtime, [])
         assert (lost.pair_id, lost.generation, lost.instance_id) == ("pair", 1, name)
         assert stays_silent(session)
@@ -187,15 +183,6 @@ def test_a_guest_whose_engine_died_before_its_first_checkpoint_is_found_by_its_n
         session.receive(unanswered)
         session.exchange(5)
         assert lost_engines(runtime, []) == []
-
-
-def test_the_next_engine_lets_the_guest_run_that_the_last_one_froze(primary: Qemu, standby: Qemu,
-                                                                    session: Session) -> None:
-    name = primary.folder.name
-    NoteFile(str(primary.folder), "pair", 1, name, primary.pid).leave(frozen=True)
-    primary.operator.command("stop")
-    with protected(primary, standby, instance_id=name) as pair:
-        protection_goes_on(pair, session)
 
 
 def test_a_planned_end_releases_everything_and_leaves_no_standby(primary: Qemu, standby: Qemu,

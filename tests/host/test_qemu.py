@@ -5,15 +5,14 @@ import select
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from nova_ftvm.exception import GuestGone, QemuError, Unsupported
+from nova_ftvm.exception import GuestGone, OutputLost, QemuError, Unsupported
 from nova_ftvm.host import qmp
-from nova_ftvm.host.activity import Activity
 from nova_ftvm.host.memory import TrackedMemory, ram_blocks
-from nova_ftvm.host.netbuf import OutputBuffers, interfaces
+from nova_ftvm.host.netbuf import OutputBuffer, interfaces, remove_filters
+from nova_ftvm.host.processors import Processors
 from nova_ftvm.host.userfault import WriteProtection
 from tests.host.conftest import DATAGRAMS, IDLE, Launch
 from tests.host.machine import DATAGRAM_PORT, HOST_ADDRESS, MEMORY_MIB, Network, Qemu, Session
@@ -37,6 +36,8 @@ class Listener:
 
     def __init__(self, network: Network) -> None:
         self.socket = network.socket(socket.SOCK_DGRAM)
+        # What was held comes all at once.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         self.socket.bind((HOST_ADDRESS, DATAGRAM_PORT))
 
     def hear(self, seconds: float) -> list[int]:
@@ -56,18 +57,6 @@ def listener(network: Network) -> Iterator[Listener]:
     made = Listener(network)
     yield made
     made.socket.close()
-
-
-def flush(monitor: qmp.Monitor, lines: bytes) -> None:
-    """Sends a batch and waits for its answers."""
-    monitor.send(lines)
-    wanted, deadline = lines.count(b"\n"), time.monotonic() + 5
-    while wanted and time.monotonic() < deadline:
-        for message in monitor.receive():
-            assert "error" not in message
-            wanted -= "return" in message
-        time.sleep(0.001)
-    assert not wanted
 
 
 # Injection and memory
@@ -114,105 +103,137 @@ def test_a_qemu_that_dies_is_told_by_every_door(launch: Launch) -> None:
         os.close(pidfd)
 
 
-# The output's buffers
+# The guest's output
 
 
-def test_nothing_leaves_before_the_release_and_then_all_in_order(guest: Qemu, monitor: qmp.Monitor,
+@pytest.fixture
+def buffer(monitor: qmp.Monitor) -> Iterator[OutputBuffer]:
+    made = OutputBuffer(monitor, interfaces(monitor))
+    yield made
+    made.close()
+    remove_filters(monitor, interfaces(monitor))
+
+
+def filters(monitor: qmp.Monitor) -> list[str]:
+    names = [child["name"] for child in monitor.command("qom-list", path="/objects")]
+    return [name for name in [*names, *(device["label"] for device in monitor.command("query-chardev"))]
+            if name.startswith("ftvm-")]
+
+
+def test_nothing_leaves_before_the_release_and_then_all_in_order(guest: Qemu, buffer: OutputBuffer,
                                                                  listener: Listener) -> None:
-    buffers = OutputBuffers(monitor, interfaces(monitor))
     assert listener.hear(0.3), "the guest sends nothing"
-    buffers.install()
-    listener.drain()
+    buffer.install()
+    before = listener.drain()
     assert listener.hear(0.5) == []
-    flush(monitor, buffers.release)
-    listener.drain()  # What the guest sent after the late buffer came and before the early one did: held, and safe.
-    flush(monitor, buffers.release)
-    assert listener.hear(0.2) == [], "released before the barrier"
-    flush(monitor, buffers.barrier)
-    assert listener.hear(0.2) == [], "the barrier let something out"
-    flush(monitor, buffers.release)
+    buffer.release()
+    assert listener.hear(0.2) == [], "released before the cut"
+    buffer.cut()
+    assert listener.hear(0.2) == [], "the cut let something out"
+    buffer.release()
     first = listener.drain()
     assert len(first) > 20
-    assert listener.hear(0.3) == [], "what came after the barrier belongs to the next epoch"
-    flush(monitor, buffers.barrier)
-    flush(monitor, buffers.release)
+    assert listener.hear(0.3) == [], "what came after the cut belongs to the next epoch"
+    buffer.release()
+    assert listener.hear(0.2) == [], "it was released with the epoch before"
+    buffer.cut()
+    buffer.release()
     second = listener.drain()
-    buffers.remove()
+    buffer.remove()
     third = listener.hear(0.3)
-    numbers = first + second + third
+    numbers = before + first + second + sorted(third)
     assert second and third and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
 
-def test_the_leftovers_of_a_dead_engine_are_replaced_and_lost_is_nothing(guest: Qemu, listener: Listener) -> None:
+def test_what_is_held_goes_when_the_filters_go_and_they_leave_nothing(guest: Qemu, buffer: OutputBuffer,
+                                                                     monitor: qmp.Monitor, listener: Listener) -> None:
+    buffer.install()
+    before = listener.drain()
+    assert filters(monitor) and listener.hear(0.3) == []
+    buffer.remove()
+    buffer.remove()
+    numbers = sorted(before + listener.hear(0.3))
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    assert filters(monitor) == []
+
+
+def test_a_dead_engines_guest_stays_silent_until_its_filters_are_removed(guest: Qemu, listener: Listener) -> None:
     with guest.monitor() as dead:
-        OutputBuffers(dead, interfaces(dead)).install()
+        lost = OutputBuffer(dead, interfaces(dead))
+        lost.install()
         listener.drain()
-        assert listener.hear(0.2) == []
-    with guest.monitor() as monitor:
-        buffers = OutputBuffers(monitor, interfaces(monitor))
-        buffers.install()
-        before = listener.drain()
-        assert listener.hear(0.2) == []
-        buffers.remove()
-        buffers.remove()
-        numbers = before + listener.hear(0.3)
-        assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-        objects = {child["name"] for child in monitor.command("qom-list", path="/objects")}
-        assert not any(name.startswith("ftvm-") for name in objects)
-
-
-def test_each_packet_is_told_of_at_once_though_it_is_held(guest: Qemu, monitor: qmp.Monitor, listener: Listener,
-                                                         tmp_path: Path) -> None:
-    activity = Activity(monitor, str(tmp_path / "output.fifo"))
-    buffers = OutputBuffers(monitor, interfaces(monitor), activity.signs.path)
-    buffers.install()
-    try:
-        assert activity.hear(), "the sign's own beginning"
-        listener.drain()
-        for _ in range(3):
-            assert select.select([activity], [], [], 5.0)[0] and activity.hear()
-        assert listener.hear(0.2) == []
-    finally:
-        buffers.remove()
-        activity.hear()
-        assert not select.select([activity], [], [], 0.2)[0], "a sign of what is not held any more"
-        activity.close()
-
-
-def test_a_guest_goes_on_when_whoever_heard_its_signs_dies(guest: Qemu, listener: Listener, tmp_path: Path) -> None:
-    with guest.monitor() as monitor:
-        activity = Activity(monitor, str(tmp_path / "output.fifo"))
-        OutputBuffers(monitor, interfaces(monitor), activity.signs.path).install()
-        activity.close()
+        lost.cut()
+        lost.close()
+    assert listener.hear(0.5) == [], "a guest spoke that nobody covered"
     guest.await_ticks()
     with guest.monitor() as monitor:
-        OutputBuffers(monitor, interfaces(monitor)).remove()
-    assert listener.hear(0.3)
+        buffer = OutputBuffer(monitor, interfaces(monitor))
+        buffer.install()
+        listener.drain()
+        assert listener.hear(0.3) == []
+        buffer.remove()
+        assert listener.hear(0.3) and filters(monitor) == []
+        remove_filters(monitor, interfaces(monitor))
 
 
-def test_processors_that_compute_are_told_from_those_that_sleep(launch: Launch, tmp_path: Path) -> None:
+def test_each_packet_is_told_of_at_once_though_it_is_held(guest: Qemu, buffer: OutputBuffer,
+                                                         listener: Listener) -> None:
+    buffer.install()
+    listener.drain()
+    for _ in range(3):
+        assert select.select([buffer], [], [], 5.0)[0] and buffer.hear()
+    assert listener.hear(0.2) == []
+
+
+def test_a_filter_that_somebody_else_removes_is_told_once_and_for_all(guest: Qemu, buffer: OutputBuffer,
+                                                                     monitor: qmp.Monitor, listener: Listener) -> None:
+    buffer.install()
+    (netdev,) = interfaces(monitor)
+    monitor.command("object-del", id=f"ftvm-out-{netdev}")
+    monitor.command("chardev-remove", id=f"ftvm-out-{netdev}")
+    assert select.select([buffer], [], [], 5.0)[0]
+    with pytest.raises(OutputLost, match=f"closed the filter of {netdev}"):
+        buffer.hear()
+    assert not select.select([buffer], [], [], 0.1)[0] and not buffer.hear()
+    buffer.remove()
+    assert filters(monitor) == [] and listener.hear(0.3)
+
+
+def test_a_guest_that_is_not_listened_to_waits_for_no_longer_than_there_is_room(guest: Qemu, buffer: OutputBuffer,
+                                                                              listener: Listener) -> None:
+    """An engine that is busy with something else: hundreds of packets are on their way to it."""
+    buffer.install()
+    listener.drain()
+    time.sleep(3.0)
+    guest.await_ticks()
+    buffer.cut()
+    buffer.release()
+    numbers = listener.hear(0.3)
+    assert len(numbers) > 200 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+
+
+def test_processors_that_compute_are_told_from_those_that_sleep(launch: Launch) -> None:
     shares = {}
     for work in (IDLE, "spin"):
         qemu = launch(work[0], work=work)
         qemu.await_boot()
         with qemu.monitor() as monitor:
-            activity = Activity(monitor, str(tmp_path / work))
+            processors = Processors(monitor)
             looks = []
             for _ in range(200):
-                looks.append(activity.asleep())
+                looks.append(processors.asleep())
                 time.sleep(0.005)
-            activity.close()
+            processors.close()
         shares[work] = sum(looks) / len(looks)
     assert shares[IDLE] > 0.5 > shares["spin"], shares
 
 
-def test_input_is_not_held(guest: Qemu, monitor: qmp.Monitor, network: Network) -> None:
+def test_input_is_not_held(guest: Qemu, buffer: OutputBuffer, network: Network) -> None:
     session = Session(network)
-    buffers = OutputBuffers(monitor, interfaces(monitor))
-    buffers.install()
+    buffer.install()
     pending = session.send()
     assert not session.hears_within(0.3)
-    buffers.remove()
+    buffer.remove()
     session.receive(pending)
     session.close()
 
@@ -223,18 +244,20 @@ def test_interfaces_of_every_model_are_found_by_their_backends(launch: Launch) -
         "-netdev", "user,id=third", "-device", "rtl8139,id=net2,netdev=third"))
     with qemu.monitor() as monitor:
         assert sorted(interfaces(monitor)) == ["hostnet0", "second", "third"]
-        buffers = OutputBuffers(monitor, interfaces(monitor))
-        buffers.install()
-        buffers.remove()
+        buffer = OutputBuffer(monitor, interfaces(monitor))
+        buffer.install()
+        assert len(filters(monitor)) == 12
+        buffer.remove()
+        assert filters(monitor) == []
 
 
 def refused(qemu: Qemu) -> str:
     with qemu.monitor() as monitor:
-        buffers = OutputBuffers(monitor, interfaces(monitor))
+        buffer = OutputBuffer(monitor, interfaces(monitor))
         with pytest.raises(Unsupported) as raised:
-            buffers.install()
-        objects = {child["name"] for child in monitor.command("qom-list", path="/objects")}
-        assert not any(name.startswith("ftvm-") for name in objects), "a refusal leaves nothing behind"
+            buffer.install()
+        assert filters(monitor) == [], "a refusal leaves nothing behind"
+        buffer.close()
     return str(raised.value)
 
 

@@ -222,15 +222,6 @@ def overlook_the_notes() -> AbstractContextManager[Any]:
     return patch.object(stage, "lost", lambda host: ())
 
 
-def leave_it_frozen() -> AbstractContextManager[Any]:
-    """What a dead engine held is let go, and the guest that it had paused is not started."""
-    return patch.object(stage, "thawed", lambda guest: guest)
-
-
-def forget_to_thaw() -> AbstractContextManager[Any]:
-    return patch.object(EpochLoop, "_let_go", lambda self: (Act.UNBUFFER,))
-
-
 def take_the_promoted_for_failed() -> AbstractContextManager[Any]:
     """A guest whose engine died right after it had resumed it is destroyed as a standby that is of no use."""
     def lose_backup(self: Agent, watched: Any, reason: str) -> None:
@@ -278,7 +269,5 @@ MUTATIONS = (
     Mutation("the row is written without comparing", write_without_comparing, (ONE_VOICE,)),
     Mutation("the agent asks only once", ask_only_once, (PROGRESS,), SMALL._replace(epochs=1, losses=1)),
     Mutation("the notes of lost engines are overlooked", overlook_the_notes, (PROGRESS,), TWICE),
-    Mutation("a guest that a dead engine froze stays frozen", leave_it_frozen, (PROGRESS,), TWICE),
-    Mutation("a guest that its engine froze stays frozen", forget_to_thaw, (PROGRESS,), SMALL._replace(epochs=1)),
     Mutation("a promoted guest is taken for a failed one", take_the_promoted_for_failed, (HARMLESS,), TWICE),
 )

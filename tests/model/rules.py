@@ -4,8 +4,7 @@ What runs here is nova_ftvm's own code: core.epoch.EpochLoop, core.lease.Lease, 
 failover.manager.Manager with its Arbiter on a row in memory. Nothing is told again. Equal snapshots are one object, and
 an event that was seen before on a snapshot is not run again.
 
-Time. A rule's times are forgotten but for their magnitude, and a timer may run out as soon as it is armed: SOON is
-after all of them but the hold limit, LATE after all.
+Time. A rule's times are forgotten, and a timer may run out as soon as it is armed: SOON is after all of them.
 """
 
 import copy
@@ -28,9 +27,7 @@ from nova_ftvm.failover.settings import Settings
 from nova_ftvm.types import Epoch, Generation, Grant, InstanceId, PairId, PairState
 
 PAIR, SERVER = PairId("pair"), InstanceId("server")
-NOW, SOON, LATE = 0.0, 1000.0, 2e6
-#: How a time that is later than SOON is kept.
-_FAR = 1e6
+NOW, SOON = 0.0, 1000.0
 _PACE = Pace(policy=Policy.FIXED, epoch_s=1.0, ack_limit_s=1.0, beat_s=1.0, live_passes=1, live_rest_pages=0)
 
 
@@ -64,12 +61,12 @@ class Answered(NamedTuple):
     stops: tuple[tuple[str, int], ...]
 
 
-def plain(value: Any, now: float = NOW) -> Any:
+def plain(value: Any) -> Any:
     """What of a rule's attribute makes a difference."""
     if isinstance(value, float):
-        return _FAR if value == _FAR or value - now > SOON else NOW
+        return NOW
     if _is_record(value):
-        return dataclasses.replace(value, **{name: plain(each, now) for name, each in _fields(value)})
+        return dataclasses.replace(value, **{name: plain(each) for name, each in _fields(value)})
     if isinstance(value, enum.Enum) or dataclasses.is_dataclass(value):
         return value
     if isinstance(value, str):
@@ -130,13 +127,12 @@ class Rules:
                 answer = getattr(rule, event)(*facts)
             except FtvmError as error:
                 answer = error
-            now = max((fact for fact in facts if isinstance(fact, float)), default=NOW)
-            self._done[key] = self._keep(rule, now), answer
+            self._done[key] = self._keep(rule), answer
         return self._done[key]
 
-    def _keep(self, rule: Any, now: float = NOW) -> Snapshot:
+    def _keep(self, rule: Any) -> Snapshot:
         for name, value in vars(rule).items():
-            setattr(rule, name, plain(value, now))
+            setattr(rule, name, plain(value))
         return self.keep(rule, (type(rule), *((name, _key(value)) for name, value in vars(rule).items())))
 
     def keep(self, rule: Any, key: Any) -> Snapshot:
@@ -157,7 +153,7 @@ class Rules:
     def lingers(self, row: Row, host: str, role: str, generation: int) -> bool:
         key = ("lingers", row, host, role, generation)
         if key not in self._done:
-            self._done[key] = reports.lingers(pair_of(row), host, Engine(PAIR, role, generation, ""), LATE)
+            self._done[key] = reports.lingers(pair_of(row), host, Engine(PAIR, role, generation, ""), SOON)
         return bool(self._done[key])
 
     def stale(self, row: Row, host: str, engines: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
@@ -259,5 +255,5 @@ def silence() -> None:
     logging.getLogger("nova_ftvm").setLevel(logging.CRITICAL + 1)
 
 
-__all__ = ["LATE", "NOW", "PAIR", "SERVER", "SOON", "Answered", "Row", "Rules", "Snapshot", "frames",
+__all__ = ["NOW", "PAIR", "SERVER", "SOON", "Answered", "Row", "Rules", "Snapshot", "frames",
            "grant_of", "pair_of", "plain", "row_of", "silence"]

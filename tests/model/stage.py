@@ -45,11 +45,6 @@ def lost(host: Host) -> tuple[int, ...]:
     return (host.guest.noted,) if host.guest and host.guest.noted and host.primary is None else ()
 
 
-def thawed(guest: Guest) -> Guest:
-    """host/guests.py, `release`: a guest runs again if its note says that a dead engine had frozen it."""
-    return guest._replace(frozen=False) if guest.noted else guest
-
-
 class Stage:
     """A world while a step is taken. Its public methods are the steps."""
 
@@ -106,20 +101,18 @@ class Stage:
                 self._open(name)  # what an engine that died has left behind is removed first
                 self.set(name, guest=Guest(held=True, noted=primary.generation))
                 self.seen = Seen(primary.generation, disarmed=self.seen.disarmed)
-            case Act.CHECKPOINT if guest and guest.held:
-                self.set(name, guest=guest._replace(barrier=epoch))
+            case Act.CAPTURE if guest and guest.held:
+                self.set(name, guest=guest._replace(covered=epoch))
             case Act.SHIP:
                 self._say(name, "device state", epoch)
                 self._say(name, "commit", epoch)
             case Act.RELEASE if guest and guest.held:
-                self.set(name, guest=guest._replace(said=guest.barrier))
-                self.events.append(("released", name, primary.generation, guest.barrier))
+                self.set(name, guest=guest._replace(said=guest.covered))
+                self.events.append(("released", name, primary.generation, guest.covered))
                 if primary.generation == self.seen.generation:
-                    self.seen = self.seen._replace(said=max(self.seen.said, guest.barrier))
+                    self.seen = self.seen._replace(said=max(self.seen.said, guest.covered))
             case Act.UNBUFFER:
                 self._open(name)
-            case Act.FREEZE | Act.THAW if guest:
-                self.set(name, guest=guest._replace(frozen=act is Act.FREEZE))
             case Act.ASK:
                 self._report(name, PRIMARY, "ask_degrade")
             case Act.REPORT_PROTECTED:
@@ -359,10 +352,8 @@ class Stage:
             self._order_backup(name, what, grant)
 
     def _release(self, name: str) -> None:
-        """host/guests.py, `release`; and the note goes."""
+        """host/guests.py, `let_go`."""
         self._open(name)
-        if self.hosts[name].guest:
-            self.set(name, guest=thawed(self.hosts[name].guest))
         self._forget(name)
 
     def _forget(self, name: str) -> None:
@@ -377,10 +368,10 @@ class Stage:
         self.set(name, guest=None)
 
     def _open(self, name: str) -> None:
-        """host/netbuf.py, `remove`: what is held leaves, and all that follows."""
+        """host/netbuf.py, `remove`: what is held leaves, unless it died with its engine, and all that follows."""
         guest = self.hosts[name].guest
         if guest and guest.held:
-            self.set(name, guest=Guest(frozen=guest.frozen, noted=guest.noted))
+            self.set(name, guest=Guest(noted=guest.noted))
             self.events.append(("opened", name))
 
     def rpc(self, name: str, method: str, *facts: Any) -> None:

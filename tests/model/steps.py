@@ -9,7 +9,7 @@ from nova_ftvm.failover.arbiter import CATCH_UP, CLEANUP, ENGINES, NOTHING
 from nova_ftvm.types import Grant, PairState
 from tests.model import stage
 from tests.model.agents import BACKUP, PRIMARY, Question
-from tests.model.rules import LATE, NOW, PAIR, SERVER, SOON
+from tests.model.rules import NOW, PAIR, SERVER, SOON
 from tests.model.stage import Known, Stage
 from tests.model.world import HOSTS, OTHER, Backup, Bounds, Host, Primary, Step, World
 
@@ -109,9 +109,6 @@ class _Enabled:
             yield self._step(f"{engine} begins epoch {loop.epoch + 1}", True, lambda s: s.loop(name, "tick", SOON))
         elif loop.phase is Phase.HOLDING and not self._is_asking(host, PRIMARY):
             yield self._step(f"{engine} asks again to go on alone", True, lambda s: s.loop(name, "tick", SOON))
-            if loop._buffered and not loop._frozen:
-                yield self._step(f"{engine} has held for long, freezes the guest and asks again", False,
-                                 lambda s: s.loop(name, "tick", LATE))
         if self._world.left.faults and loop.phase in PAUSED:
             yield self._step(f"{engine}'s checkpoint fails", False,
                              lambda s: s.loop(name, "on_checkpoint_failed", "why", NOW), faults=1)

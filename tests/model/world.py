@@ -1,7 +1,7 @@
 """What a world is: two hosts, the row of their pair, and what is on its way between them. Values only.
 
-A guest is told by what has left it: `said` is the last epoch whose output the network has seen, `barrier` the last one
-whose output waits in the late buffer. One that is not `held` says all at once.
+A guest is told by what has left it: `said` is the last epoch whose output the network has seen, `covered` the last one
+whose output waits for its commit. One that is not `held` says all at once.
 """
 
 import dataclasses
@@ -34,15 +34,14 @@ class Bounds(NamedTuple):
 class Guest(NamedTuple):
     standby: bool = False
     held: bool = False
-    frozen: bool = False
-    barrier: int = 0
+    covered: int = 0
     said: int = 0
     #: The generation in the note that its engine left, host/note.py; 0: there is none.
     noted: int = 0
 
     @property
     def speaks(self) -> bool:
-        return not (self.standby or self.held or self.frozen)
+        return not (self.standby or self.held)
 
 
 class Primary(NamedTuple):

@@ -60,7 +60,7 @@ def _in_the_cloud(stage: Stage) -> Iterator[str]:
         if answer.status_code in NO_BINDINGS:
             continue
         for binding in answer.json()["bindings"]:
-            yield f"port {port.id} bound to {binding['host']}, {binding['status']}"
+            yield f"port {port.id} bound to {binding['host'] or 'no host'}, {binding['status']}"
     for provider in connection.placement.resource_providers():
         reserved = connection.placement.get(f"/resource_providers/{provider.id}/allocations").json()["allocations"]
         yield from (f"{provider.name}: reservation of {consumer}" for consumer in reserved)

@@ -12,7 +12,7 @@ import numpy as np
 
 from nova_ftvm.core import dirty, wire
 from nova_ftvm.core.disk import DiskWrite
-from nova_ftvm.exception import FtvmError, GuestGone, MirrorLost, ReplicaFailed
+from nova_ftvm.exception import GuestGone, MirrorLost, OutputLost, ReplicaFailed
 from nova_ftvm.types import PAGE, Disk, Epoch, Generation, RamBlock
 from tests.unit.frames import BLOCKS, GENERATION, LIMIT
 
@@ -114,15 +114,14 @@ class FakeGate:
         os.write(self._in, state)
 
 
-class FakeBuffers:
-    """ports.NetBuffer."""
-
-    barrier = b'{"id":"barrier"}\n'
-    release = b'{"id":"release"}\n'
+class FakeBuffer(Bell):
+    """ports.NetBuffer; rings when the guest sends something. `sent` is told what is done here."""
 
     def __init__(self, sent: list[str]) -> None:
+        super().__init__()
         self._sent = sent
-        self.installed = False
+        self.installed = self.is_filling = False
+        self.lost = ""
 
     def install(self) -> None:
         self.installed = True
@@ -132,16 +131,31 @@ class FakeBuffers:
         self.installed = False
         self._sent.append("remove")
 
-
-class FakeActivity(Bell):
-    """ports.Activity."""
-
-    is_asleep = False
+    def lose(self, why: str) -> None:
+        self.lost = why
+        self.ring()
 
     def hear(self) -> bool:
         heard = self.rings()
         self.hush()
+        if self.lost:
+            raise OutputLost(self.lost)
         return heard
+
+    def cut(self) -> None:
+        self.hear()
+        self._sent.append("cut")
+
+    def release(self) -> None:
+        self._sent.append("release")
+
+    def close(self) -> None: ...
+
+
+class FakeProcessors:
+    """ports.Processors."""
+
+    is_asleep = False
 
     def asleep(self) -> bool:
         return self.is_asleep
@@ -153,13 +167,10 @@ class FakeNote:
     def __init__(self, sent: list[str]) -> None:
         self._sent = sent
         self.text: str | None = None
-        self.failure: FtvmError | None = None
 
-    def leave(self, frozen: bool = False) -> None:
-        if self.failure:
-            raise self.failure
-        self.text = "frozen" if frozen else "held"
-        self._sent.append(f"note: {self.text}")
+    def leave(self) -> None:
+        self.text = "held"
+        self._sent.append("note")
 
     def remove(self) -> None:
         self.text = None

@@ -3,15 +3,15 @@
 import random
 from collections.abc import Iterable
 
-from nova_ftvm.core.epoch import HOLD_LIMIT_S, OVER, PAUSED, Act, Acts, EpochLoop, Pace, Phase
+from nova_ftvm.core.epoch import OVER, PAUSED, Act, Acts, EpochLoop, Pace, Phase
 from nova_ftvm.core.policy import Policy
 from nova_ftvm.types import Epoch, Generation, Grant
 
 PACE = Pace(policy=Policy.FIXED, epoch_s=0.02, ack_limit_s=0.5, beat_s=0.1, live_passes=3, live_rest_pages=100)
 
 #: 'next' is what a healthy world does next; it comes most of the time, so that sequences get far.
-EVENTS = ("next",) * 12 + ("tick", "long tick", "age", "heard", "few pages", "many pages", "paused", "unpaused",
-                           "log full", "output", "stopped", "state begins", "resumed", "failed", "ack", "old ack",
+EVENTS = ("next",) * 12 + ("tick", "long tick", "heard", "few pages", "many pages", "paused", "unpaused",
+                           "filling", "output", "stopped", "state begins", "resumed", "failed", "ack", "old ack",
                            "ack to come", "peer lost", "granted", "refused", "fence", "stop", "hand over", "shutdown",
                            "gone")
 #: Ends that nothing can put off.
@@ -31,7 +31,6 @@ class Checker:
         #: QEMU has a save to answer.
         self.saving = False
         self.buffered = False
-        self.paused = self.frozen = False
         self.looked = self.captured = False
         self.gate_open = False
         self.shipped: int | None = None
@@ -61,21 +60,20 @@ class Checker:
 
     def _happen(self, event: str) -> Acts:
         loop = self.loop
-        self.now += {"age": 2 * HOLD_LIMIT_S, "long tick": 2.0, "tick": 0.03}.get(event, 0.001)
+        self.now += {"long tick": 2.0, "tick": 0.03}.get(event, 0.001)
         match event:
-            case "tick" | "long tick" | "age":
+            case "tick" | "long tick":
                 return loop.tick(self.now)
             case "heard":
                 loop.on_heard(self.now)
-            case "log full":
-                loop.on_log_full()
+            case "filling":
+                loop.on_filling()
             case "output":
                 loop.on_output(self.now)
                 loop.on_processors(self.now % 0.002 > 0.001, self.now)
             case "few pages" | "many pages":
                 return loop.on_live_pass(1 if event == "few pages" else 5000)
             case "paused" | "unpaused":
-                self.paused = event == "paused"
                 loop.on_paused(event == "paused")
             case "stopped":
                 return loop.on_stopped()
@@ -138,12 +136,6 @@ class Checker:
             elif act is Act.RELEASE:
                 never(event != "ack" or self.shipped is None, "output is released without its epoch's acknowledgement")
                 self.shipped, self.unreleased = None, False
-            elif act is Act.FREEZE:
-                never(not self.buffered, "a guest is frozen whose output is not held")
-                never(self.paused, "a guest is frozen that somebody else has paused")
-                self.frozen = self.paused = True
-            elif act is Act.THAW:
-                never(not self.frozen, "a guest is started that was not frozen")
             elif act is Act.UNBUFFER:
                 never(event != "granted" and not self.stop_asked, "output is let go without a grant or a planned end")
             elif act is Act.REPORT_PROTECTED:

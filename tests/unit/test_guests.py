@@ -1,4 +1,4 @@
-"""host/guests.py: what is done to a guest in its engine's place, and never to one that somebody else paused."""
+"""host/guests.py: what is done to a guest in its engine's place."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ import pytest
 
 from nova_ftvm.exception import GuestGone
 from nova_ftvm.host import note
-from nova_ftvm.host.guests import Guests, release
+from nova_ftvm.host.guests import Guests
 from nova_ftvm.host.note import NoteFile
 from tests.unit.engine_fakes import FakeQemu
 
@@ -25,7 +25,7 @@ class Here(Guests):
         self.make_folder(SERVER)
         self.qemu = FakeQemu()
         self.qemu.answers["query-status"] = [{"status": status}]
-        for query in ("qom-list", "query-jobs", "query-named-block-nodes"):
+        for query in ("qom-list", "query-chardev", "query-jobs", "query-named-block-nodes"):
             self.qemu.answers[query] = [[]]
         self.done: list[str] = []
         self.libvirt_is_away = False
@@ -47,34 +47,20 @@ class Here(Guests):
         self.done.append("resume")
         self.qemu.answers["query-status"] = [{"status": "running"}]
 
-    def note(self, frozen: bool = False) -> None:
-        NoteFile(self.folder(SERVER), "pair", 3, SERVER, os.getpid()).leave(frozen)
+    def note(self) -> None:
+        NoteFile(self.folder(SERVER), "pair", 3, SERVER, os.getpid()).leave()
 
     @property
     def noted(self) -> bool:
         return note.find(self.folder(SERVER)) is not None
 
 
-def test_a_guest_that_a_dead_engine_froze_runs_again_once_its_output_is_let_go(tmp_path: Path) -> None:
-    here = Here(tmp_path, "paused")
-    here.note(frozen=True)
-    here.let_go(SERVER)
-    assert here.qemu.sent.index("cont") > here.qemu.sent.index("qom-list") and not here.noted
-
-
-@pytest.mark.parametrize(("status", "frozen"), [
-    ("paused", False), ("running", True), ("guest-panicked", True), ("io-error", True)])
-def test_a_guest_that_no_engine_paused_stays_as_it_is(tmp_path: Path, status: str, frozen: bool) -> None:
+@pytest.mark.parametrize("status", ["paused", "running", "guest-panicked", "io-error"])
+def test_a_guest_that_is_let_go_stays_as_it_is_and_has_no_note(tmp_path: Path, status: str) -> None:
     here = Here(tmp_path, status)
-    here.note(frozen)
+    here.note()
     here.let_go(SERVER)
-    assert "cont" not in here.qemu.sent and not here.noted
-
-
-def test_a_paused_guest_without_a_note_is_somebody_elses(tmp_path: Path) -> None:
-    here = Here(tmp_path, "paused")
-    release(here.qemu, here.folder(SERVER))  # type: ignore[arg-type]
-    assert "cont" not in here.qemu.sent
+    assert not {"cont", "stop"} & set(here.qemu.sent) and not here.noted
 
 
 def test_a_guest_that_cannot_be_let_go_keeps_its_note(tmp_path: Path) -> None:

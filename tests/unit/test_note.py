@@ -39,16 +39,16 @@ def test_a_note_is_found_and_says_whose_guest_it_is(folder: Path, qemu: subproce
     pen(folder, qemu.pid).leave()
     found = note.find(str(folder))
     assert found is not None
-    assert (found.pair_id, found.generation, found.instance_id, found.frozen) == ("pair", 3, SERVER, False)
+    assert (found.pair_id, found.generation, found.instance_id) == ("pair", 3, SERVER)
     assert note.folders(str(folder.parent)) == [str(folder)]
     assert [path.name for path in folder.iterdir()] == ["primary.note"]
 
 
 def test_the_last_word_counts(folder: Path, qemu: subprocess.Popen[bytes]) -> None:
     pen(folder, qemu.pid).leave()
-    pen(folder, qemu.pid, generation=4).leave(frozen=True)
+    pen(folder, qemu.pid, generation=4).leave()
     found = note.find(str(folder))
-    assert found is not None and (found.generation, found.frozen) == (4, True)
+    assert found is not None and found.generation == 4
 
 
 def test_a_note_that_was_not_finished_is_none_and_in_nobodys_way(folder: Path, qemu: subprocess.Popen[bytes]) -> None:
@@ -106,9 +106,9 @@ def test_a_note_that_cannot_be_left_is_told_and_the_one_before_it_stays(folder: 
 
     monkeypatch.setattr(note.os, "rename", fails)
     with pytest.raises(NoteLost, match="No space left"):
-        pen(folder, qemu.pid).leave(frozen=True)
+        pen(folder, qemu.pid, generation=4).leave()
     found = note.find(str(folder))
-    assert found is not None and not found.frozen
+    assert found is not None and found.generation == 3
 
 
 def test_a_link_does_not_lead_the_pen_elsewhere(folder: Path, qemu: subprocess.Popen[bytes], tmp_path: Path) -> None:

@@ -1,0 +1,91 @@
+"""core/output.py: packets are held whole and in order, whatever pieces they come in, and no more than the limit."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nova_ftvm.core.output import HeldOutput
+from nova_ftvm.exception import OutputLost
+
+LIMIT = 1 << 20
+
+packets = st.lists(st.binary(max_size=40), max_size=20)
+
+
+def framed(packet: bytes) -> bytes:
+    return len(packet).to_bytes(4, "big") + packet
+
+
+def stream(sent: list[bytes]) -> bytes:
+    return b"".join(map(framed, sent))
+
+
+def unframed(data: bytes) -> list[bytes]:
+    found = []
+    while data:
+        end = 4 + int.from_bytes(data[:4], "big")
+        found.append(data[4:end])
+        data = data[end:]
+    return found
+
+
+def pieces(data: bytes, size: int) -> list[bytes]:
+    return [data[at:at + size] for at in range(0, len(data), size)]
+
+
+@given(packets, packets, st.integers(1, 60))
+def test_a_cut_covers_what_was_sent_before_it_and_nothing_else(before: list[bytes], after: list[bytes],
+                                                               size: int) -> None:
+    held = HeldOutput(LIMIT)
+    for piece in pieces(stream(before), size):
+        held.add(piece)
+    held.cut()
+    for piece in pieces(stream(after), size):
+        held.add(piece)
+    assert held.size == len(stream(before + after))
+    assert held.release() == stream(before) and held.release() == b""
+    held.cut()
+    assert held.release() == stream(after) and held.size == 0
+
+
+@given(packets, st.binary(min_size=1, max_size=40), st.data())
+def test_a_packet_that_is_not_whole_waits_for_its_rest(whole: list[bytes], last: bytes, data: st.DataObject) -> None:
+    held = HeldOutput(LIMIT)
+    there = data.draw(st.integers(0, len(framed(last)) - 1))
+    held.add(stream(whole) + framed(last)[:there])
+    held.cut()
+    assert held.release() == stream(whole)
+    held.add(framed(last)[there:])
+    held.cut()
+    assert held.release() == framed(last)
+
+
+@given(st.lists(st.binary(min_size=1, max_size=40), max_size=60), st.integers(1, 60))
+def test_beyond_the_limit_whole_packets_are_dropped_and_the_rest_keeps_its_order(sent: list[bytes], size: int) -> None:
+    held = HeldOutput(200)
+    for piece in pieces(stream(sent), size):
+        held.add(piece)
+    held.cut()
+    kept = unframed(held.release())
+    assert len(stream(kept)) <= 200 and len(kept) + held.dropped == len(sent)
+    rest = iter(sent)
+    assert all(packet in rest for packet in kept), "in their order"
+    assert not held.dropped or len(stream(sent)) > 200
+
+
+def test_there_is_room_again_once_what_was_covered_is_gone() -> None:
+    held = HeldOutput(100)
+    held.add(framed(b"x" * 80))
+    held.cut()
+    held.add(framed(b"y" * 80))
+    assert held.dropped == 1
+    held.release()
+    held.add(framed(b"z" * 80))
+    held.cut()
+    assert held.release() == framed(b"z" * 80) and held.dropped == 1
+
+
+def test_what_is_no_packet_is_told() -> None:
+    held = HeldOutput(LIMIT)
+    with pytest.raises(OutputLost, match="4294967295 bytes"):
+        held.add(b"\xff" * 8)
