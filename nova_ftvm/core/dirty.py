@@ -93,13 +93,6 @@ def parts(pages: Pages, most_pages: int) -> Iterator[Pages]:
         done += length
 
 
-def join(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Runs with the pages of both, each once, ascending."""
-    if not len(first) or not len(second):
-        return first if len(first) else second
-    return compress(np.union1d(expand(first), expand(second)))
-
-
 def without_zero(pages: Pages) -> Pages:
     """Drops the pages that are zero; for a replica that is known to be zero there."""
     matrix = pages.contents.view(np.uint64).reshape(-1, _WORDS)

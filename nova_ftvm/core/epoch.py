@@ -55,14 +55,14 @@ class Act(enum.Enum):
     BUFFER = enum.auto()
     #: Ask QEMU to stop the guest and save its devices.
     CHECKPOINT = enum.auto()
-    #: Note the written pages: the processors are stopped, QEMU still ends its disk requests.
-    LOOK = enum.auto()
     #: End the epoch's output and disk writes here, and copy its pages: the disks are at rest, nothing changes any more.
     CAPTURE = enum.auto()
     #: Let QEMU write its device state, AFTER the capture: the guest starts when all is read.
     OPEN_GATE = enum.auto()
-    #: Send the epoch to the backup.
+    #: Send the epoch's pages to the backup, while QEMU writes its device state.
     SHIP = enum.auto()
+    #: Send the device state, and that the epoch is whole.
+    COMMIT = enum.auto()
     #: Let the output of the acknowledged epoch go.
     RELEASE = enum.auto()
     #: Let the guest write to its disks without us: no epoch will come that could hold it.
@@ -190,11 +190,10 @@ class EpochLoop:
         self._guest_runs = not paused
 
     def on_stopped(self) -> Acts:
-        """QEMU's STOP event."""
-        if self.phase is not Phase.STOPPING:
-            return ()
-        self.phase = Phase.STOPPED
-        return (Act.LOOK,)
+        """QEMU's STOP event. Its disks still come to rest."""
+        if self.phase is Phase.STOPPING:
+            self.phase = Phase.STOPPED
+        return ()
 
     def on_state_begins(self) -> Acts:
         """The first bytes of the device state are in the gate: QEMU's disks are drained."""
@@ -203,7 +202,8 @@ class EpochLoop:
         self.phase = Phase.DRAINING
         # What it has sent is covered. What it sends from now on is the next epoch's.
         self._seen.output_since = self._seen.asleep_since = None
-        return (Act.CAPTURE, Act.OPEN_GATE)
+        is_wanted = not (self._stop_asked or self._hand_over_asked or self.reason)
+        return (Act.CAPTURE, Act.OPEN_GATE, Act.SHIP) if is_wanted else (Act.CAPTURE, Act.OPEN_GATE)
 
     def on_resumed(self, now: float, pages: int, disk_bytes: int, pause_s: float = 0.0) -> Acts:
         """The device state is whole and the guest runs; the epoch has so many pages, and bytes of disk writes, and the
@@ -221,7 +221,7 @@ class EpochLoop:
         self._silence_limit_s = self._pace.ack_limit_s + pages * ACK_ALLOWANCE_S
         self._ack_limit_s = self._silence_limit_s + disk_bytes * DISK_ALLOWANCE_S
         self._shipped = now
-        return (Act.SHIP,)
+        return (Act.COMMIT,)
 
     def on_checkpoint_failed(self, why: str, now: float) -> Acts:
         """QEMU refused or broke off the save; the guest runs, and what was captured is of no use."""

@@ -26,6 +26,8 @@ Report = dict[str, Any]
 _RETRY_S = 0.5
 #: How often a guest that has its checkpoint is tried to be resumed.
 _RESUME_TRIES = 10
+#: A guest that may speak is let go within so many tries, unless it is gone.
+_LET_GO_TRIES = 10
 #: How long a planned end may take before the engine is killed.
 _STOP_LIMIT_S = 5.0
 _LISTEN_LIMIT_S = 15.0
@@ -428,12 +430,18 @@ class Agent:
                 self._sleep(_RETRY_S)
 
     def _let_go(self, watched: _Watched) -> None:
-        try:
-            with self._turns.of(watched.engine.pair_id):
-                if not self._is_settled(watched):
-                    self._guests.let_go(watched.engine.instance_id)
-        except FtvmError as error:
-            LOG.warning("pair %s: its output and disks could not be let go: %s", watched.engine.pair_id, error)
+        for _ in range(_LET_GO_TRIES):
+            try:
+                with self._turns.of(watched.engine.pair_id):
+                    if not self._is_settled(watched):
+                        self._guests.let_go(watched.engine.instance_id)
+                return
+            except FtvmError as error:
+                LOG.warning("pair %s: its output and disks are not let go yet: %s", watched.engine.pair_id, error)
+                self._sleep(_RETRY_S)
+        # The engine's note is still there.
+        LOG.error("pair %s: if its guest is still there, it is not heard: restart this agent to try again",
+                  watched.engine.pair_id)
 
     # The manager
 

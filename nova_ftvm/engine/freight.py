@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 
 from nova_ftvm.core import delta, wire
 from nova_ftvm.engine.capture import Checkpoint
-from nova_ftvm.engine.faults import Fault, trip
 from nova_ftvm.types import PAGE, Buffer, Epoch, Generation
 
 Frame = list[Buffer]
@@ -24,38 +23,45 @@ class Freight:
         self._send = send
         self._sent_before = delta.Memory()
         self._worth = delta.Worth()
+        # Of the epoch that is on its way.
+        self._thrifty = False
+        self._pages = self._frames = self._bytes = 0
 
-    def ship(self, epoch: Epoch, checkpoint: Checkpoint) -> int:
-        """Sends all of it, and the COMMIT. Returns the bytes that it took."""
-        thrifty = self._worth.is_given()
-        sent_pages = sent_bytes = frames = 0
-        for pages, frame in self._ram(epoch, checkpoint, thrifty):
-            self._send(frame)
-            sent_pages += pages
-            sent_bytes += sum(map(len, frame))
-            frames += 1
-        trip(Fault.SHIPPED_HALF)
-        for frame in self._devices(epoch, checkpoint, thrifty):
-            self._send(frame)
-            sent_bytes += sum(map(len, frame))
-            frames += 1
+    def ship(self, epoch: Epoch, checkpoint: Checkpoint) -> Iterator[None]:
+        """Sends the pages, frame by frame."""
+        self._thrifty = self._worth.is_given()
+        self._pages = self._frames = self._bytes = 0
+        for pages, frame in self._ram(epoch, checkpoint):
+            self._pages += pages
+            self._put(frame)
+            yield
+
+    def commit(self, epoch: Epoch, checkpoint: Checkpoint) -> int:
+        """Sends the device state and the COMMIT, AFTER the pages. Returns the bytes that the epoch took."""
+        for frame in self._devices(epoch, checkpoint):
+            self._put(frame)
         cut = checkpoint.cut
-        self._send(wire.encode_commit(self._generation, epoch, frames + cut.frames, sent_pages, cut.writes))
-        if thrifty:
-            self._worth.tell(checkpoint.page_count * PAGE, sent_bytes)
-        return sent_bytes
+        self._send(wire.encode_commit(self._generation, epoch, self._frames + cut.frames, self._pages, cut.writes))
+        if self._thrifty:
+            self._worth.tell(checkpoint.page_count * PAGE, self._bytes)
+        return self._bytes
 
-    def _ram(self, epoch: Epoch, checkpoint: Checkpoint, thrifty: bool) -> Iterator[tuple[int, Frame]]:
+    def _put(self, frame: Frame) -> None:
+        self._send(frame)
+        self._frames += 1
+        self._bytes += sum(map(len, frame))
+
+    def _ram(self, epoch: Epoch, checkpoint: Checkpoint) -> Iterator[tuple[int, Frame]]:
         """Frames, each with the number of its pages."""
         for pages in checkpoint.pages:
-            if thrifty:
+            if self._thrifty:
                 yield from wire.encode_changes(self._generation, epoch, pages, self._sent_before, self._limit)
             else:
                 self._sent_before.forget(pages)
                 yield from wire.encode_pages(wire.Kind.PAGES, self._generation, epoch, pages, self._limit)
 
-    def _devices(self, epoch: Epoch, checkpoint: Checkpoint, thrifty: bool) -> Iterator[Frame]:
-        if thrifty:
+    def _devices(self, epoch: Epoch, checkpoint: Checkpoint) -> Iterator[Frame]:
+        if self._thrifty:
             yield from wire.encode_device_changes(self._generation, epoch, checkpoint.state, self._state_block,
                                                   self._sent_before, self._limit)
             return

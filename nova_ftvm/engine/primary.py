@@ -87,10 +87,10 @@ class PrimaryEngine:
         self._does: dict[Act, Callable[[], None]] = {
             Act.BUFFER: self._buffer,
             Act.CHECKPOINT: self._checkpoint,
-            Act.LOOK: memory.look,
             Act.CAPTURE: self._capture,
             Act.OPEN_GATE: self._open_gate,
             Act.SHIP: self._ship,
+            Act.COMMIT: self._send_commit,
             Act.RELEASE: self._release,
             Act.UNMIRROR: self._unmirror,
             Act.UNBUFFER: self._unbuffer,
@@ -279,11 +279,14 @@ class PrimaryEngine:
         trip(Fault.LOG_CUT)
         for pages in self._memory.capture():
             self._talk.current.pages.append(pages)
-            # A guest that wrote very much keeps both sides waiting, and neither may take that for a death.
-            self._watchdog.arm()
-            self._do(self._loop.tick(self._clock()))
+            self._show_life()
         self._stats.mark(Stage.CAPTURE)
         trip(Fault.CAPTURED)
+
+    def _show_life(self) -> None:
+        """A guest that wrote very much keeps both sides waiting, and neither may take that for a death."""
+        self._watchdog.arm()
+        self._do(self._loop.tick(self._clock()))
 
     def _open_gate(self) -> None:
         self._gate.widen()
@@ -296,15 +299,19 @@ class PrimaryEngine:
         self._stats.mark(Stage.RESUME)
 
     def _ship(self) -> None:
-        checkpoint = self._talk.current
         trip(Fault.BEFORE_SHIP)
-        shipped = self._freight.ship(self._loop.epoch, checkpoint)
+        for _ in self._freight.ship(self._loop.epoch, self._talk.current):
+            self._show_life()
+        trip(Fault.SHIPPED_HALF)
+
+    def _send_commit(self) -> None:
+        checkpoint = self._talk.current
+        shipped = self._freight.commit(self._loop.epoch, checkpoint)
         trip(Fault.SHIPPED)
         self._stats.shipped(checkpoint, shipped)
 
     def _fence(self) -> None:
-        """QEMU ends here and now: an agent that dies meanwhile would never hear of it, and in the end the buffers' own
-        timers would release what must never be heard."""
+        """QEMU ends here and now: an agent that dies meanwhile would never hear of it, and the guest would run on."""
         with contextlib.suppress(OSError):  # It is gone.
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         self._control.report("fenced", reason=self._loop.reason)

@@ -23,8 +23,6 @@ _BLOCK_LINE = re.compile(r"\s*(\S+)\s+\d+ \S+\s+0x[0-9a-f]+\s+(0x[0-9a-f]+)\s+0x
 
 Look = Callable[[int, int], np.ndarray]
 
-_NONE = np.empty((0, 2), np.uint32)
-
 #: What is copied at once within a pause: some milliseconds.
 _PIECE_PAGES = 2048
 
@@ -97,7 +95,6 @@ class TrackedMemory(GuestMemory):
         super().__init__(pid, blocks)
         self._buffer = np.empty(_BUFFER_PAGES * PAGE, np.uint8)
         self._used = 0
-        self._seen: list[tuple[int, np.ndarray]] = []
         self._protection = WriteProtection(pid, pidfd)
         for spot in self._spots:
             self._protection.register(spot.start, spot.end - spot.start)
@@ -114,21 +111,13 @@ class TrackedMemory(GuestMemory):
         """Forgets the last capture: its pages' memory is used again."""
         self._used = 0
 
-    def look(self) -> None:
-        """Notes which pages were written until now, the guest's processors at a stop. Nothing is copied yet: a disk's
-        transfer that is under way was noted when it began, and puts its contents there without any further sign."""
-        self._seen = self.take_written()
-
     def capture(self) -> Iterator[dirty.Pages]:
-        """Copies what `look` noted and what was written since, piece by piece: all, or the epoch is of no use. The
-        guest's disks must be at rest.
+        """Copies what was written since the last capture, piece by piece: all, or the epoch is of no use.
 
-        The contents are valid until the next `begin_capture`.
+        The guest must stand still, and its disks be at rest: a transfer marks its pages when it begins, and puts the
+        contents there later without any further sign. The contents are valid until the next `begin_capture`.
         """
-        noted = dict(self._seen)
-        since = dict(self.take_written())
-        for block in sorted(noted.keys() | since.keys()):
-            written = dirty.join(noted.get(block, _NONE), since.get(block, _NONE))
+        for block, written in self.take_written():
             for runs in dirty.split(written, _PIECE_PAGES):
                 contents = self._take(dirty.count(runs) * PAGE)
                 procmem.read(self.pid, dirty.ranges_of(runs, self._spots[block].start), contents)

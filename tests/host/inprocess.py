@@ -4,7 +4,7 @@ When it is right to look. The replica of epoch N must be what the primary's RAM 
 state was complete. So the gate is kept narrow at such a checkpoint and drained a page at a time; when all but the end
 of the state is read, the primary is looked at. The guest stands still then: its processors since the STOP event, its
 disks since QEMU drained and flushed them, QEMU's main thread because it is in the write to the gate. What the drain of
-the disks, or the saving of a device, wrote after our last scan would show as a difference. The standby is looked at
+the disks, or the saving of a device, wrote after our scan would show as a difference. The standby is looked at
 when the primary may release epoch N: N is applied then but for disk writes that still wait, which are waited for, and
 N+1 cannot begin before the look is over, as it is the same thread.
 """
@@ -29,7 +29,7 @@ from nova_ftvm.engine import link as links
 from nova_ftvm.engine.backup import BackupEngine
 from nova_ftvm.engine.capture import Conversation
 from nova_ftvm.engine.primary import PrimaryEngine
-from nova_ftvm.engine.stats import EpochLog
+from nova_ftvm.engine.stats import EpochLog, Stage
 from nova_ftvm.host import qmp
 from nova_ftvm.host.disks import (
     AttendedMonitor,
@@ -101,25 +101,13 @@ class NoDomain:
         raise AssertionError("nobody granted a promotion")
 
 
-class CountingMemory(TrackedMemory):
-    """The primary's memory; knows how many pages were written between looks and captures, while disks came to rest."""
+class ObservedMemory(TrackedMemory):
+    """The primary's memory; for mutations, is told when the guest's processors stand and its disks do not yet."""
 
-    late_pages = 0
-    _looked = False
-
-    def look(self) -> None:
-        super().look()
-        self._looked = True
-
-    def take_written(self) -> list[tuple[int, np.ndarray]]:
-        written = super().take_written()
-        if self._looked:
-            self.late_pages += sum(dirty.count(runs) for _, runs in written)
-        self._looked = False
-        return written
+    def at_stop(self) -> None: ...
 
 
-class LosesAPage(CountingMemory):
+class LosesAPage(ObservedMemory):
     """Mutation: the last page of each checkpoint is lost."""
 
     def capture(self) -> Iterator[dirty.Pages]:
@@ -131,30 +119,42 @@ class LosesAPage(CountingMemory):
         return iter(captured)
 
 
-class LooksOnce(CountingMemory):
-    """Mutation: no second scan, so what is written after the STOP event comes an epoch late."""
+class LooksAtTheStop(ObservedMemory):
+    """Mutation: what is written after the STOP event comes an epoch late."""
+
+    _noted: list[tuple[int, np.ndarray]] | None = None
+
+    def at_stop(self) -> None:
+        self._noted = super().take_written()
 
     def take_written(self) -> list[tuple[int, np.ndarray]]:
-        return [] if self._looked else super().take_written()
-
-    def capture(self) -> Iterator[dirty.Pages]:
-        captured = list(super().capture())
-        self._looked = False
-        return iter(captured)
+        noted, self._noted = self._noted, None
+        return super().take_written() if noted is None else noted
 
 
-class CopiesAtTheStop(CountingMemory):
+class CopiesAtTheStop(ObservedMemory):
     """Mutation: a page is copied where it is found written, while a disk may still transfer to it."""
 
     _early: list[dirty.Pages]
 
-    def look(self) -> None:
-        super().look()
+    def at_stop(self) -> None:
         self._early = list(super().capture())
-        super().look()
 
     def capture(self) -> Iterator[dirty.Pages]:
         return itertools.chain(self._early, super().capture())
+
+
+class StopLog(EpochLog):
+    """Tells of each stop."""
+
+    def __init__(self, path: str, at_stop: Callable[[], None]) -> None:
+        super().__init__(path)
+        self._at_stop = at_stop
+
+    def mark(self, stage: Stage) -> None:
+        super().mark(stage)
+        if stage is Stage.STOP:
+            self._at_stop()
 
 
 class HeldGate(Gate):
@@ -209,7 +209,7 @@ class Comparison:
     memory, mirror, replica, engine: kinds of what the engines work with, for mutations.
     """
 
-    def __init__(self, primary: Qemu, standby: Qemu, folder: Path, memory: type[CountingMemory] = CountingMemory, *,
+    def __init__(self, primary: Qemu, standby: Qemu, folder: Path, memory: type[ObservedMemory] = ObservedMemory, *,
                  mirror: type[DiskMirror] = DiskMirror, replica: type[StandbyDisks] = StandbyDisks,
                  engine: type[PrimaryEngine] = PrimaryEngine, looks: int = 5, every: int = 6) -> None:
         self._primary = primary
@@ -227,7 +227,6 @@ class Comparison:
         self._disks: list[Disk] = []
         self.compared = 0
         self.differences: list[tuple[str, list[int]]] = []
-        self.late_pages = 0
         self.phase: Phase | None = None
         self.promoted: bool | None = None
 
@@ -287,7 +286,7 @@ class Comparison:
                 mirror=mirror, fixed=read_only_contents(self._disks), shallow=self.shallow, log_limit=LOG_LIMIT,
                 loop=EpochLoop(Pace(Policy.FIXED, 0.02, 20.0, 0.5, 4, 2048), time.monotonic()), control=self._orders,
                 pidfd=pidfd, watchdog=NoWatchdog(), note=NoNote(), processors=processors,
-                stats=EpochLog(str(self._folder / "epochs.jsonl")), frame_limit=LIMIT).run()
+                stats=StopLog(str(self._folder / "epochs.jsonl"), memory.at_stop), frame_limit=LIMIT).run()
         finally:
             gate.close()
             buffers.close()
@@ -297,7 +296,6 @@ class Comparison:
             mirror.remove()
             link.close()
             os.close(pidfd)
-        self.late_pages = memory.late_pages
 
     def _look(self) -> None:
         self._seen = read_all(self._primary.pid, self._blocks)

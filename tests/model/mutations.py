@@ -87,7 +87,7 @@ def release_before_the_acknowledgement() -> AbstractContextManager[Any]:
 
     def on_resumed(self: EpochLoop, *facts: Any) -> Any:
         acts = real(self, *facts)
-        return (*acts, Act.RELEASE) if Act.SHIP in acts else acts
+        return (*acts, Act.RELEASE) if Act.COMMIT in acts else acts
 
     return patch.object(EpochLoop, "on_resumed", on_resumed)
 

@@ -103,7 +103,7 @@ class Stage:
                 self.seen = Seen(primary.generation, disarmed=self.seen.disarmed)
             case Act.CAPTURE if guest and guest.held:
                 self.set(name, guest=guest._replace(covered=epoch))
-            case Act.SHIP:
+            case Act.COMMIT:
                 self._say(name, "device state", epoch)
                 self._say(name, "commit", epoch)
             case Act.RELEASE if guest and guest.held:

@@ -7,7 +7,7 @@ import pytest
 from ftvm_lab import cloud, lab
 from ftvm_lab.command import Progress
 from ftvm_lab.failover import Stage
-from ftvm_lab.layout import CONTROL, Layout
+from ftvm_lab.layout import COMPUTES, CONTROL, Layout
 from ftvm_lab.servers import Servers
 from keystoneauth1.exceptions import ClientException
 
@@ -39,6 +39,11 @@ def _told(stage: Stage) -> Iterator[str]:
         for server in stage.servers.all():
             shown = {key: value for key, value in server.metadata.items() if key.startswith("ft")}
             yield f"{server.name} is {server.status}/{server.task_state} on {server.compute_host}: {shown}"
+            for node in COMPUTES:
+                console = stage.layout.instances(node) / server.id / "console.log"
+                if console.exists():
+                    yield f"its console on {node.name}:"
+                    yield from console.read_text(errors="replace").splitlines()[-12:]
     except ClientException as error:
         yield f"Nova does not answer: {error}"
     log = stage.layout.logs(CONTROL) / "nova-ftvm-manager.log"

@@ -306,14 +306,6 @@ def test_a_resized_server_is_protected_once_it_is_confirmed_or_reverted(story: S
             story.serves()
 
 
-def test_a_live_migration_elsewhere_ends_it_for_a_while_and_no_client_notices(story: Story) -> None:
-    third = next(node for node in COMPUTES if node not in (story.host, story.backup_host))
-    with story.undisturbed(), story.ended_and_protected_again():
-        story.compute.live_migrate_server(story.id, host=third.name, block_migration="auto")
-        story.stage.servers.wait_for_move(story.id, third.name, failover.MOVE_TIMEOUT_S)
-    assert story.host == third
-
-
 def test_a_reboot_while_degraded_and_a_stop_while_syncing_do_what_they_say(story: Story) -> None:
     _lose_backup(story)
     story.compute.reboot_server(story.id, "HARD")
@@ -486,6 +478,16 @@ def _force_down(stage: Stage, node: Node, down: bool) -> bool:
 def _let_in(stage: Stage, node: Node) -> bool:
     """Nova refuses until the host has cleaned up after itself."""
     return _force_down(stage, node, False) and node.name in cloud.usable_hosts(stage.servers.connection)
+
+
+def test_a_live_migration_elsewhere_ends_it_for_a_while_and_no_client_notices(story: Story) -> None:
+    """After all that boots the server: Nova copies no configuration drive, protected or not, and it finds an empty one.
+    """
+    third = next(node for node in COMPUTES if node not in (story.host, story.backup_host))
+    with story.undisturbed(), story.ended_and_protected_again():
+        story.compute.live_migrate_server(story.id, host=third.name, block_migration="auto")
+        story.stage.servers.wait_for_move(story.id, third.name, failover.MOVE_TIMEOUT_S)
+    assert story.host == third
 
 
 def test_a_server_that_is_deleted_while_it_fails_over_is_gone(stage: Stage, story: Story) -> None:

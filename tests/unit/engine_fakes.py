@@ -202,14 +202,9 @@ class FakeMemory:
         numbers = dirty.expand(runs).tolist()
         return dirty.Pages(block, runs, np.repeat(np.array([self.pages[block, n] for n in numbers], np.uint8), PAGE))
 
-    def begin_capture(self) -> None:
-        self.noted: set[tuple[int, int]] = set()
-
-    def look(self) -> None:
-        self.noted, self.written = self.written, set()
+    def begin_capture(self) -> None: ...
 
     def capture(self) -> Iterator[dirty.Pages]:
-        self.written |= self.noted
         for block, runs in self.take_written():
             yield self.read(block, runs)
 

@@ -31,8 +31,9 @@ class Checker:
         #: QEMU has a save to answer.
         self.saving = False
         self.buffered = False
-        self.looked = self.captured = False
+        self.stopped = self.captured = False
         self.gate_open = False
+        self.sent: int | None = None
         self.shipped: int | None = None
         self.unreleased = False
         self.stop_asked = False
@@ -55,7 +56,7 @@ class Checker:
         if self.loop.phase is Phase.COPYING:
             return "few pages"
         if self.saving:
-            return "resumed" if self.gate_open else "state begins" if self.looked else "stopped"
+            return "resumed" if self.gate_open else "state begins" if self.stopped else "stopped"
         return {Phase.UNACKNOWLEDGED: "ack", Phase.HOLDING: "granted"}.get(self.loop.phase, "tick")
 
     def _happen(self, event: str) -> Acts:
@@ -76,6 +77,7 @@ class Checker:
             case "paused" | "unpaused":
                 loop.on_paused(event == "paused")
             case "stopped":
+                self.stopped = True
                 return loop.on_stopped()
             case "state begins":
                 return loop.on_state_begins()
@@ -115,15 +117,12 @@ class Checker:
                 never(not self.buffered, "a checkpoint without output buffers")
                 never(self.saving or self.unreleased, "a second epoch in flight")
                 self.saving, self.unreleased, self.shipped = True, True, None
-                self.looked = self.captured = False
+                self.stopped = self.captured = False
             elif act is Act.BUFFER:
                 self.buffered = True
-            elif act is Act.LOOK:
-                never(not self.saving or self.gate_open, "a look at a running guest")
-                self.looked = True
             elif act is Act.CAPTURE:
                 never(not self.saving or self.gate_open, "a capture of a running guest")
-                never(event != "state begins" or not self.looked, "a capture before the disks are at rest")
+                never(event != "state begins" or not self.stopped, "a capture before the disks are at rest")
                 self.captured = True
             elif act is Act.OPEN_GATE:
                 never(not self.captured, "the gate opens without a capture")
@@ -131,7 +130,10 @@ class Checker:
             elif act is Act.UNMIRROR:
                 never(self.loop.phase is not Phase.HOLDING, "disks are let go while epochs still come")
             elif act is Act.SHIP:
-                never(not self.captured or self.saving, "a torn epoch is shipped")
+                never(not self.captured, "pages are shipped that were not captured")
+                self.sent = self.loop.epoch
+            elif act is Act.COMMIT:
+                never(not self.captured or self.saving or self.sent != self.loop.epoch, "a torn epoch is committed")
                 self.shipped = self.loop.epoch
             elif act is Act.RELEASE:
                 never(event != "ack" or self.shipped is None, "output is released without its epoch's acknowledgement")

@@ -95,6 +95,9 @@ class FakeGuests:
         return instance_id in self.loaded
 
     def let_go(self, instance_id: str) -> None:
+        if self.away:
+            self.away -= 1
+            raise GuestGone("QEMU's monitor gave no answer")
         self.unbuffered.append(instance_id)
 
 
@@ -580,6 +583,17 @@ def test_what_an_engine_of_the_last_agent_held_is_let_go_by_grant_only(host: Hos
     host.manager.answer = Grant(False, Generation(4), "the backup speaks")
     engine.say("gone")
     assert host.guests.unbuffered == [] and host.guests.destroyed == [SERVER]
+
+
+@pytest.mark.parametrize(("away", "let_go"), [(3, [SERVER]), (1000, [])])
+def test_a_guest_that_cannot_be_let_go_at_once_is_let_go_later_or_given_up(host: Host, away: int,
+                                                                         let_go: list[str]) -> None:
+    engine = host.primary()
+    engine.last_words = ["gone"]
+    host.guests.away = away
+    host.call("stop_engine", pair_id=PAIR, generation=4, reason="switched off")
+    assert host.guests.unbuffered == let_go
+    host.guests.away = 0
 
 
 class LostEngine(FakeEngine):

@@ -30,7 +30,10 @@ class Line:
     def ship(self, captured: list[dirty.Pages], state: bytes) -> int:
         self.kinds.clear()
         checkpoint = Checkpoint(pages=captured, state=bytearray(state))
-        return self.freight.ship(Epoch(self.replica.committed + 1), checkpoint)
+        epoch = Epoch(self.replica.committed + 1)
+        for _ in self.freight.ship(epoch, checkpoint):
+            pass
+        return self.freight.commit(epoch, checkpoint)
 
     def _carry(self, buffers: list[Buffer]) -> None:
         for frame in self.decoder.feed(join(buffers)):
