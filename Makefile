@@ -39,8 +39,8 @@ survival: setup
 torture: setup
 	@python -m ftvm_lab.torture --minutes $(MINUTES) --output build/torture.json
 
-bench: setup
-	@python -m ftvm_lab.bench --output build/bench.json
+bench: bench-pause
+	@python -m ftvm_lab.bench --pause build/bench-pause.json --output build/bench.json
 
 bench-quick: setup
 	@python -m ftvm_lab.bench --quick --output build/bench.json

@@ -49,6 +49,8 @@ class Bench:
     workloads: Sequence[Workload]
     seconds: float
     quick: bool
+    #: What `make bench-pause` found just before.
+    pause: dict[str, Any] | None
     rows: Rows = field(default_factory=dict)
     again: dict[str, Outcome] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
@@ -108,17 +110,19 @@ class Bench:
             "seconds": self.seconds,
             "quick": self.quick,
             "drift": bench_figures.drift(self.rows, self.again),
+            "pause": self.pause,
             "pause_fit": bench_figures.pause_fit(self.rows),
             "workloads": self.rows,
         }
 
 
-def begin(stage: Stage, name: str, workloads: Sequence[Workload], seconds: float, quick: bool) -> Bench:
+def begin(stage: Stage, name: str, workloads: Sequence[Workload], seconds: float, quick: bool,
+          pause: dict[str, Any] | None = None) -> Bench:
     """A guest that can be protected, and is, for a start: its domain has all that this needs from its boot on."""
     protected = failover.protect(stage, name, GUEST)
     before = protected.before
     bench_work.make_ready(before.address, BOOT_TIMEOUT_S)
-    return Bench(stage, name, before.server_id, before.address, workloads, seconds, quick)
+    return Bench(stage, name, before.server_id, before.address, workloads, seconds, quick, pause)
 
 
 def run_all(bench: Bench, policies: Sequence[str], again: bool, save: Callable[[], None]) -> None:
@@ -150,7 +154,8 @@ def main() -> None:
         stage = Stage(layout, Servers(cloud.connect(layout)), progress)
         workloads = _chosen(arguments)
         seconds = arguments.seconds or (QUICK_S if arguments.quick else FULL_S)
-        bench = begin(stage, NAME, workloads, seconds, arguments.quick)
+        pause = json.loads(arguments.pause.read_text())["pause"] if arguments.pause else None
+        bench = begin(stage, NAME, workloads, seconds, arguments.quick, pause)
         run_all(bench, arguments.policies, not arguments.quick, save)
         failover.clean_up(stage, bench.server_id, None)
     except LabError as failed:
@@ -188,6 +193,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help=f"of each workload: {FULL_S:g}, with --quick {QUICK_S:g}")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--workloads", nargs="+", default=[], metavar="NAME")
+    parser.add_argument("--pause", type=Path, metavar="FILE", help="what bench-pause wrote; goes among the figures")
     parser.add_argument("--output", type=Path, default=Path("build/bench.json"))
     return parser.parse_args()
 
