@@ -6,6 +6,7 @@
 # bench       measures one guest in the lab, unprotected and under each policy; a table and pictures
 # bench-quick the essential part of it, in under five minutes
 # bench-pause measures what a checkpoint's pause is made of, without an OpenStack
+# bench-idle  measures what protection costs while nothing happens, for one guest and for eight on one host
 # bench-disk  measures what the replication of disks costs, without an OpenStack; prints a table
 # bench-manager  measures what 2,000 pairs cost the failover manager, and a failover of 200; simulated agents
 # test        lint, then all tests; takes the lab down before and after
@@ -22,7 +23,7 @@ TEST_LAB_DIR ?= /var/tmp/ftvm-lab-test
 
 export PATH := $(BIN):$(PATH)
 
-.PHONY: setup lab demo survival torture bench bench-quick bench-pause bench-disk bench-manager test trials lint clean
+.PHONY: setup lab demo survival torture bench bench-quick bench-pause bench-idle bench-disk bench-manager test trials lint clean
 
 setup:
 	@lab/setup.sh
@@ -50,6 +51,9 @@ bench-manager: setup
 
 bench-pause: setup
 	@python -m tests.host.bench_pause --output build/bench-pause.json
+
+bench-idle: setup
+	@python -m tests.host.bench_idle --output build/bench-idle.json
 
 bench-disk: setup
 	@python -m tests.host.bench_disk --output build/bench-disk.json

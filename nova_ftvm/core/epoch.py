@@ -154,6 +154,7 @@ class EpochLoop:
 
     def on_output(self, now: float) -> None:
         """The guest has sent something."""
+        self._seen.output_last = now
         if self._seen.output_since is None:
             self._seen.output_since = now
 

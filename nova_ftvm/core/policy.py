@@ -7,7 +7,8 @@
 A reply waits until the epoch that holds it is committed, so a checkpoint is late as soon as output waits, and is work
 for nothing before. `adaptive` gathers: while a processor of the guest is busy, more output may come that the same
 checkpoint carries; when all sleep, the guest has said what it had to say, and to stop it costs nothing. Two bounds
-keep it from the extremes: between two pauses the guest has its share of the time, and output never waits for long.
+keep it from the extremes: between two pauses the guest has its share of the time, and output never waits for long. A
+busy guest that sends no more for a while works at something else: one reply beside it does not wait for company.
 """
 
 import dataclasses
@@ -18,8 +19,13 @@ _ASLEEP_S = 150e-6
 #: The guest's share of the time when it does nothing but send: it runs at least this many times as long as it stood.
 _SHARE = 1.0
 #: Output of a busy guest is gathered for so many pauses, within the bounds: then the pause is a small part of the time.
-_GATHER_PAUSES = 6.0
+_GATHER_PAUSES = 10.0
 _GATHER_S = (2e-3, 40e-3)
+#: And for no longer if nothing more comes for so many pauses, within the bounds; but only when the last pause is long
+#: ago: so many pauses.
+_LULL_PAUSES = 1.0
+_LULL_S = (1.5e-3, 5e-3)
+_LULL_SHARE = 6.0
 #: Nothing to say: a checkpoint only bounds what the next one has to carry. So many pauses apart, within the bounds.
 _QUIET_PAUSES = 50.0
 _QUIET_S = (0.2, 1.0)
@@ -41,6 +47,8 @@ class Measured:
     pause_s: float = 0.0
     #: Since when output waits that no checkpoint covers.
     output_since: float | None = None
+    #: When the last of it came.
+    output_last: float = 0.0
     #: Since when all processors of the guest have slept, as far as was looked.
     asleep_since: float | None = None
 
@@ -54,7 +62,9 @@ def due(policy: Policy, epoch_s: float, seen: Measured) -> float:
         return quiet
     if policy is Policy.EVENT:
         return seen.output_since
-    gathered = seen.output_since + _within(_GATHER_PAUSES * seen.pause_s, _GATHER_S)
+    lull = max(seen.output_last + _within(_LULL_PAUSES * seen.pause_s, _LULL_S),
+               seen.resumed + _LULL_SHARE * seen.pause_s)
+    gathered = min(seen.output_since + _within(_GATHER_PAUSES * seen.pause_s, _GATHER_S), lull)
     if seen.asleep_since is not None:
         gathered = min(gathered, seen.asleep_since + _ASLEEP_S)
     return min(max(gathered, seen.resumed + _SHARE * seen.pause_s), quiet)

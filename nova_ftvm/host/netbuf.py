@@ -14,7 +14,6 @@ it, until the filters are removed: with the arbiter's grant, or disarmed. TCP se
 Source: QEMU, net/filter-mirror.c. Why not its filter-buffer: doc/source/contributor/decisions/output-redirected.rst.
 """
 
-import contextlib
 import fcntl
 import logging
 import select
@@ -37,6 +36,8 @@ _LIMIT_BYTES = 64 << 20
 #: the engine reads on or the watchdog ends it.
 _KERNEL_BYTES = 16 << 20
 _CHUNK = 1 << 18
+#: Taken at once at most: more than the kernel holds, so all that a guest that stands still has sent.
+_MOST_CHUNKS = 4 * _KERNEL_BYTES // _CHUNK
 _SO_SNDBUFFORCE = 32
 #: For QEMU to take what may go, before the filters are removed.
 _TAKEN_S = 1.0
@@ -178,13 +179,15 @@ class _Valve:
         """Takes what there is, and passes on what had no room. Did anything come?"""
         self._flush()
         heard = False
-        with contextlib.suppress(BlockingIOError):
-            while True:
+        for _ in range(_MOST_CHUNKS):
+            try:
                 received = self._out.recv(_CHUNK)
-                if not received:
-                    raise OutputLost(f"QEMU closed the filter of {self._netdev}")
-                self.held.add(received)
-                heard = True
+            except BlockingIOError:
+                break
+            if not received:
+                raise OutputLost(f"QEMU closed the filter of {self._netdev}")
+            self.held.add(received)
+            heard = True
         if self.held.dropped > self._dropped:
             LOG.warning("%d packets of %s are dropped, as too much is held", self.held.dropped - self._dropped,
                         self._netdev)

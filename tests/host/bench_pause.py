@@ -32,8 +32,13 @@ from tests.host.protection import protected
 SETTINGS = {**{option.name: option.default for option in engine_conf.OPTS}, "policy": "fixed", "epoch_ms": 20.0}
 #: Pages that the guest writes beside its own few.
 WRITTEN = (1, 100, 400, 1600)
+#: MiB of RAM of two guests, nearly all of it in use, that write a hundred pages.
+SIZES = (256, 8192)
+_KERNELS_MIB = 160
 SAVES = 100
 SETTLE_S = 2.0
+#: For the first copy of the largest guest.
+_COPY_S = 300.0
 _COPIED_PAGES = 1 << 14
 
 
@@ -93,6 +98,28 @@ def measure(launch: Callable[..., Qemu], folder: Path, written: int, seconds: fl
     return {name: round(value, 3) for name, value in found.items()}
 
 
+def measure_size(launch: Callable[..., Qemu], mib: int, seconds: float) -> dict[str, float]:
+    """Medians of a guest's checkpoints that has so much RAM."""
+    guest = launch("p", work=f"writer:100,filler:{mib - _KERNELS_MIB}", memory_mib=mib)
+    guest.await_log("filled")
+    standby = launch("b", memory_mib=mib, standby=True)
+    with protected(guest, standby, **SETTINGS, until="") as pair:
+        pair.primary.hear("protected", _COPY_S)
+        time.sleep(SETTLE_S + seconds)
+        pair.primary.order("stop", reason="measured")
+        pair.primary.hear("ended")
+        (*_, row) = (json.loads(line) for line in (guest.folder / "epochs.jsonl").read_text().splitlines())
+    guest.kill()
+    shown = ("pages", "pause_ms", "capture_ms")
+    return {"mib": mib, **{name: round(statistics.median(row[name]), 3) for name in shown}}
+
+
+def has_room() -> bool:
+    """For the largest guest and its standby."""
+    available = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(available.split()[1]) >> 10 > 2.2 * max(SIZES)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=8.0)
@@ -100,6 +127,7 @@ def main() -> None:
     options = parser.parse_args()
     with place() as (launch, folder, _):
         points = [measure(launch, folder, written, options.seconds) for written in WRITTEN]
+        sizes = [measure_size(launch, mib, options.seconds) for mib in SIZES] if has_room() else []
     pages, pauses = ([point[name] for point in points] for name in ("pages", "pause_ms"))
     per_page_ms, at_none_ms = np.polyfit(pages, pauses, 1)
     floor, copied_us = statistics.median(point["floor_ms"] for point in points), copy_us()
@@ -108,7 +136,7 @@ def main() -> None:
         "pause": {"floor_ms": round(floor, 3), "at_100_pages_ms": round(at_100_ms, 3),
                   "per_page_us": round(1000 * per_page_ms, 3), "memcpy_page_us": round(copied_us, 3),
                   "over_floor": round(at_100_ms / floor, 3), "over_memcpy": round(1000 * per_page_ms / copied_us, 3)},
-        "points": points, "processors": os.cpu_count(), "kernel": platform.release()}
+        "points": points, "sizes": sizes, "processors": os.cpu_count(), "kernel": platform.release()}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=2) + "\n")
     print(table(result))
@@ -121,6 +149,8 @@ def table(result: dict[str, Any]) -> str:
     pause = result["pause"]
     lines.append(f"at 100 pages {pause['at_100_pages_ms']:.2f} ms, {pause['over_floor']:.2f} of the floor; "
                  f"each further page {pause['per_page_us']:.2f} us, {pause['over_memcpy']:.1f} of its copy")
+    lines += [f"{size['mib']:>6} MiB of RAM in use: pause {size['pause_ms']:.2f} ms, of which the pages "
+              f"{size['capture_ms']:.2f} ms" for size in result["sizes"]] or ["too little memory for the large guest"]
     return "\n".join(lines)
 
 

@@ -51,15 +51,15 @@ Launch = Callable[..., Qemu]
 
 
 def launcher(stack: ExitStack, folder: Path, ramdisk: Path, network: Network) -> Launch:
-    """launch(side, *, work, machine_type, vcpus, extra, standby): a QEMU that ends with the stack."""
+    """launch(side, *, work, machine_type, vcpus, memory_mib, extra, standby): a QEMU that ends with the stack."""
     numbers = itertools.count(1)
 
     def launch(side: str = "p", *, work: str = IDLE, machine_type: str = "pc", vcpus: int = 1,
-               extra: Sequence[str] = (), standby: bool = False) -> Qemu:
+               memory_mib: int = machine.MEMORY_MIB, extra: Sequence[str] = (), standby: bool = False) -> Qemu:
         own = folder / f"{side}{next(numbers)}"
         own.mkdir()
         qemu = Qemu(own, [
-            "-M", machine_type, "-accel", "tcg", "-m", str(machine.MEMORY_MIB), "-smp", str(vcpus), "-nodefaults",
+            "-M", machine_type, "-accel", "tcg", "-m", str(memory_mib), "-smp", str(vcpus), "-nodefaults",
             "-display", "none", "-vga", "std", "-kernel", str(machine.LAB_GUEST / "kernel"), "-initrd", str(ramdisk),
             "-append", f"console=ttyS0 quiet tsc=unstable ftvm.work={work}",
             "-netdev", f"tap,id=hostnet0,ifname=tap-{side},script=no,downscript=no",

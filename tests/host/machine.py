@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import select
@@ -117,11 +118,14 @@ def ramdisk(work: Path) -> Path:
 # -- the network
 
 
+_numbers = itertools.count(1)
+
+
 class Network:
     """A network namespace with a bridge (HOST_ADDRESS) and a tap for the primary, and for each of two standbys."""
 
     def __init__(self) -> None:
-        self.name = f"ftvmt-{os.getpid()}"
+        self.name = f"ftvmt-{os.getpid()}-{next(_numbers)}"
         self._run("netns", "add", self.name)
         try:
             self.ip("link", "set", "lo", "up")

@@ -27,6 +27,7 @@ class Guest:
     def send(self, busy_s: float = 0.0) -> None:
         self._sent.append(self.now)
         self.busy_until = max(self.busy_until, self.now + busy_s)
+        self.seen.output_last = self.now
         if self.seen.output_since is None:
             self.seen.output_since = self.now
 
@@ -83,6 +84,25 @@ def test_adaptive_gathers_what_a_busy_guest_sends() -> None:
     assert len(guest.checkpoints) == 1 and len(guest.waits) == 16
 
 
+def test_adaptive_does_not_let_one_reply_wait_for_company_when_the_guest_works_at_something_else() -> None:
+    guest = Guest(Policy.ADAPTIVE)
+    guest.busy_until = 1e9
+    for number in range(20):
+        guest.run(0.1 * (number + 1))
+        guest.send()
+    guest.run(2.1)
+    assert len(guest.waits) == 20 and max(guest.waits) < 2 * guest.pause_s
+
+
+def test_adaptive_gathers_slow_replies_too_so_that_pauses_are_a_small_part_of_the_time() -> None:
+    guest = Guest(Policy.ADAPTIVE)
+    guest.busy_until = 1e9
+    for _ in range(400):
+        guest.send()
+        guest.run(guest.now + 0.006)
+    assert sum(guest.pause_s for _ in guest.checkpoints) < 0.15 * guest.now
+
+
 def test_adaptive_lets_no_output_of_a_busy_guest_wait_for_long() -> None:
     guest = Guest(Policy.ADAPTIVE)
     guest.busy_until = 1e9
@@ -116,7 +136,7 @@ def test_something_is_always_due(policy: Policy) -> None:
     for pause_s in (0.0, 1e-6, 0.004, 1.0, 100.0):
         for output_since in (None, 4.0, 5.5):
             for asleep_since in (None, 5.5):
-                when = due(policy, EPOCH_S, Measured(5.0, pause_s, output_since, asleep_since))
+                when = due(policy, EPOCH_S, Measured(5.0, pause_s, output_since, output_since or 0.0, asleep_since))
                 assert 4.0 <= when <= 6.0 + EPOCH_S
 
 

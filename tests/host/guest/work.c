@@ -5,6 +5,7 @@
  * churn      rewrites pages all over anonymous memory and a tmpfs file; each page names itself and its version
  * datagrams  numbered UDP datagrams, one each 5 ms
  * writer N   a word in each of N pages, all of them every 5 ms; checks nothing
+ * filler N   N MiB of memory, written once
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -95,6 +96,17 @@ static void writer(size_t pages)
     }
 }
 
+static void filler(size_t mib)
+{
+    char *memory = mmap(NULL, mib << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED)
+        exit(1);
+    memset(memory, 0x5A, mib << 20);
+    puts("filled");
+    for (;;)
+        pause();
+}
+
 int main(int count, char **words)
 {
     setvbuf(stdout, NULL, _IOLBF, 0);
@@ -104,5 +116,7 @@ int main(int count, char **words)
         datagrams();
     if (count == 3 && !strcmp(words[1], "writer"))
         writer(strtoul(words[2], NULL, 10));
+    if (count == 3 && !strcmp(words[1], "filler"))
+        filler(strtoul(words[2], NULL, 10));
     return 2;
 }
