@@ -55,11 +55,14 @@ def test_a_hosts_wall_clock_jumps_under_a_running_program_and_no_other_clock_doe
 
 def test_a_program_without_room_for_more_memory_is_killed_by_the_kernel_and_a_frugal_one_lives() -> None:
     # What it has was never counted there, so it must touch new pages to be noticed.
-    grow = "import sys\nfor line in sys.stdin: print(len(bytearray(int(line))), flush=True)"
+    grow = "import sys\nprint('up', flush=True)\nfor line in sys.stdin: print(len(bytearray(int(line))), flush=True)"
     greedy, frugal = (
         subprocess.Popen([sys.executable, "-c", grow], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     )
+    for program in (greedy, frugal):
+        # Else it would be noticed while it starts.
+        assert program.stdout is not None and program.stdout.readline() == "up\n"
     full = FullMemory.of("ftvm-test-memory", [greedy.pid])
     try:
         for program in (greedy, frugal):
