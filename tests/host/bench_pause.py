@@ -32,9 +32,11 @@ from tests.host.protection import protected
 SETTINGS = {**{option.name: option.default for option in engine_conf.OPTS}, "policy": "fixed", "epoch_ms": 20.0}
 #: Pages that the guest writes beside its own few.
 WRITTEN = (1, 100, 400, 1600)
-#: MiB of RAM of two guests, nearly all of it in use, that write a hundred pages.
+#: MiB of RAM of two guests, most of it in use, that write a hundred pages.
 SIZES = (256, 8192)
-_KERNELS_MIB = 160
+_IN_USE = 0.9
+#: What the kernel and its ramdisk take at least.
+_KERNELS_MIB = 128
 SAVES = 100
 SETTLE_S = 2.0
 #: For the first copy of the largest guest.
@@ -100,7 +102,7 @@ def measure(launch: Callable[..., Qemu], folder: Path, written: int, seconds: fl
 
 def measure_size(launch: Callable[..., Qemu], mib: int, seconds: float) -> dict[str, float]:
     """Medians of a guest's checkpoints that has so much RAM."""
-    guest = launch("p", work=f"writer:100,filler:{mib - _KERNELS_MIB}", memory_mib=mib)
+    guest = launch("p", work=f"writer:100,filler:{int(_IN_USE * (mib - _KERNELS_MIB))}", memory_mib=mib)
     guest.await_log("filled")
     standby = launch("b", memory_mib=mib, standby=True)
     with protected(guest, standby, **SETTINGS, until="") as pair:
