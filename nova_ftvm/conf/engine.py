@@ -17,8 +17,8 @@ OPTS = [
              "A reply waits for half of it or more, plus the pause and the backup's acknowledgement."),
     cfg.FloatOpt(
         "hold_limit_ms", default=1000.0, min=100.0,
-        help="Watchdog: the kernel kills an engine that hangs for longer: its guest's checkpoint or disk writes wait "
-             "for it. QEMU then lets the guest run on by itself."),
+        help="Watchdog: the kernel kills an engine that hangs for longer: its guest's checkpoint, disk writes or "
+             "output wait for it. QEMU then lets the guest run on by itself."),
     cfg.FloatOpt(
         "beat_ms", default=100.0, min=10.0,
         help="Milliseconds between two heartbeats on the synchronisation connection."),

@@ -4,12 +4,13 @@ Implements rpc.agent.AgentApi. Never decides who may speak: it asks, and while t
 It may be restarted at any time: engines outlive it and are found again (`adopt_engines`).
 """
 
+import itertools
 import logging
 import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from nova_ftvm.core import domain
@@ -419,29 +420,27 @@ class Agent:
     def _destroy(self, watched: _Watched, reason: str) -> None:
         """The fence. Until it is done the guest's output stays held, so a libvirt that is away may take its time."""
         LOG.warning("pair %s: fenced: %s", watched.engine.pair_id, reason)
-        while True:
-            try:
-                with self._turns.of(watched.engine.pair_id):
-                    if not self._is_settled(watched):
-                        self._guests.destroy(watched.engine.instance_id)
-                return
-            except FtvmError as error:
-                LOG.warning("pair %s: the guest is not destroyed yet: %s", watched.engine.pair_id, error)
-                self._sleep(_RETRY_S)
+        self._settle(watched, self._guests.destroy, "the guest is not destroyed yet", itertools.count())
 
     def _let_go(self, watched: _Watched) -> None:
-        for _ in range(_LET_GO_TRIES):
+        if not self._settle(watched, self._guests.let_go, "its output and disks are not let go yet",
+                            range(_LET_GO_TRIES)):
+            # The engine's note is still there.
+            LOG.error("pair %s: if its guest is still there, it is not heard: restart this agent to try again",
+                      watched.engine.pair_id)
+
+    def _settle(self, watched: _Watched, act: Callable[[str], Any], not_yet: str, tries: Iterable[int]) -> bool:
+        """Does it to the guest, unless that has a newer engine; again while libvirt or QEMU does not answer."""
+        for _ in tries:
             try:
                 with self._turns.of(watched.engine.pair_id):
                     if not self._is_settled(watched):
-                        self._guests.let_go(watched.engine.instance_id)
-                return
+                        act(watched.engine.instance_id)
+                return True
             except FtvmError as error:
-                LOG.warning("pair %s: its output and disks are not let go yet: %s", watched.engine.pair_id, error)
+                LOG.warning("pair %s: %s: %s", watched.engine.pair_id, not_yet, error)
                 self._sleep(_RETRY_S)
-        # The engine's note is still there.
-        LOG.error("pair %s: if its guest is still there, it is not heard: restart this agent to try again",
-                  watched.engine.pair_id)
+        return False
 
     # The manager
 

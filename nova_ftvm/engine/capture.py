@@ -1,4 +1,4 @@
-"""One checkpoint's conversation with QEMU: the batch out; STOP, the device state, RESUME and the answers in.
+"""One checkpoint's conversation with QEMU: the save out; STOP, the device state, RESUME and the answers in.
 
 Owns the order in which those are believed. Called by the primary's loop, which decides what each means.
 `xen-save-devices-state`, despite its name plain QEMU, stops a running guest, saves all but RAM, starts it again.
@@ -86,7 +86,7 @@ class Conversation:
             if event:
                 yield event
             if event is GuestEvent.RESUMED and self.current.stopped_us and not self.current.resumed_us:
-                # The STOP was somebody else's, just before our batch: QEMU saved a stopped guest, and left it so.
+                # The STOP was somebody else's, just before our save: QEMU saved a stopped guest, and left it so.
                 yield GuestEvent.PAUSED
 
     def _event(self, message: ports.Message) -> GuestEvent | None:

@@ -151,12 +151,9 @@ class PrimaryEngine:
         One that turns does not: then it is QEMU that takes its time, to flush the host's disk for one. Only when that
         never ends is the checkpoint given up.
         """
-        if self._loop.phase in PAUSED:
-            if self._clock() > self._checkpoint_deadline:
-                raise QemuError("xen-save-devices-state", f"not done within {_CHECKPOINT_LIMIT_S:g} s")
-            self._watchdog.arm(patience)
-        else:
-            self._watchdog.arm(patience + (_ASKING_SLACK_S if self._loop.phase is Phase.COPYING else 0.0))
+        if self._loop.phase in PAUSED and self._clock() > self._checkpoint_deadline:
+            raise QemuError("xen-save-devices-state", f"not done within {_CHECKPOINT_LIMIT_S:g} s")
+        self._watchdog.arm(patience + (_ASKING_SLACK_S if self._loop.phase is Phase.COPYING else 0.0))
 
     def _do(self, acts: Acts) -> None:
         for act in acts:
@@ -293,7 +290,8 @@ class PrimaryEngine:
         trip(Fault.GATE_OPEN)
 
     def _finish_checkpoint(self) -> None:
-        self._watchdog.disarm()
+        # The guest runs, and its output waits for us all the same.
+        self._watchdog.arm()
         if self._gate in self._selector.get_map():
             self._selector.unregister(self._gate)
         self._stats.mark(Stage.RESUME)

@@ -22,7 +22,7 @@ _MOST_BYTES = 4 << 20
 
 
 class Stage(enum.StrEnum):
-    """What ends at a mark; each begins where the one before it ended, the first with the batch of commands."""
+    """What ends at a mark; each begins where the one before it ended, the first with the command to save."""
 
     #: The guest's processors stand.
     STOP = "stop"

@@ -1,4 +1,4 @@
-"""The second QMP monitor of a guest: blocking commands for set-up, raw batches for the checkpoint.
+"""The second QMP monitor of a guest: blocking commands for set-up, raw lines for the checkpoint.
 
 Owns the socket and the framing of JSON lines. Knows nothing of checkpoints. Every wait has a deadline.
 Why not qemu.qmp here: doc/source/contributor/decisions/qmp-in-the-pause.rst.

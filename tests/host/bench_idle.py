@@ -18,6 +18,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from ftvm_lab.bench_probes import cpu_s
+
 from nova_ftvm.conf import engine as engine_conf
 from tests.host import machine
 from tests.host.bench_disk import place
@@ -27,12 +29,10 @@ from tests.host.protection import Protection, protected
 SETTINGS = {option.name: option.default for option in engine_conf.OPTS}
 COUNTS = (1, 8)
 SETTLE_S = 3.0
-_TICKS = os.sysconf("SC_CLK_TCK")
 
 
-def cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICKS
+def processor_s(pid: int) -> float:
+    return cpu_s(Path(f"/proc/{pid}/stat").read_text())
 
 
 def own_mib(pid: int) -> float:
@@ -43,11 +43,11 @@ def own_mib(pid: int) -> float:
 
 def shares(pids: Mapping[str, Sequence[int]], seconds: float) -> dict[str, float]:
     """Of one core, by the name of the part."""
-    start = {pid: cpu_s(pid) for group in pids.values() for pid in group}
+    start = {pid: processor_s(pid) for group in pids.values() for pid in group}
     began = time.monotonic()
     time.sleep(seconds)
     took = time.monotonic() - began
-    return {name: round(statistics.mean((cpu_s(pid) - start[pid]) / took for pid in group), 4)
+    return {name: round(statistics.mean((processor_s(pid) - start[pid]) / took for pid in group), 4)
             for name, group in pids.items()}
 
 
