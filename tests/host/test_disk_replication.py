@@ -157,11 +157,11 @@ class CutsLate(PrimaryEngine):
         super()._capture()
         self._disks.cut = cut
 
-    def _ship(self) -> None:
+    def _send_commit(self) -> None:
         time.sleep(0.03)
         self._disks.take(preload=False)
         self._talk.current.cut = self._disks.cut()
-        super()._ship()
+        super()._send_commit()
 
 
 class WritesBackwards(StandbyDisks):
