@@ -6,6 +6,7 @@ from 2.95 on an evacuated server is stopped, below 2.47 only does a server name 
 
 import datetime
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,7 @@ class NovaCloud:
         self._conf = conf
         self._lock = threading.Lock()
         self._connection: openstack.connection.Connection | None = None
+        self._connected_at = 0.0
         self._project_id: str | None = None
         self._service_ids: dict[str, str] = {}
 
@@ -220,9 +222,11 @@ class NovaCloud:
 
     def _sdk(self) -> openstack.connection.Connection:
         with self._lock:
-            if self._connection is None:
+            # keystoneauth's adapters make no request before the wall clock's time at which they were built.
+            if self._connection is None or time.time() < self._connected_at:
                 try:
                     self._connection = _connect(self._conf)
+                    self._connected_at = time.time()
                 except (ks_exceptions.ClientException, sdk_exceptions.SDKException) as error:
                     raise CloudUnavailable(f"Keystone: {error}") from error
             return self._connection

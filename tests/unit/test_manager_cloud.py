@@ -1,5 +1,7 @@
 """NovaCloud's requests: paths, bodies and, above all, microversions."""
 
+import time
+
 import pytest
 import requests
 import requests_mock
@@ -74,6 +76,19 @@ def microversion(request):
 
 def test_a_request_never_waits_for_ever(cloud):
     assert cloud._conf.service_auth.timeout == 30
+
+
+def test_a_clock_that_is_set_back_makes_no_request_wait(api, cloud, monkeypatch):
+    """keystoneauth's adapters wait for the time at which they were built."""
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    api.get(f"{NOVA}/servers/vm", json={"server": SHOWN})
+    now = time.time()
+    for hours in (5, 2, 2, 1):
+        monkeypatch.setattr(time, "time", lambda ahead=hours * 3600: now + ahead)
+        assert cloud.server("vm").name == "web"
+    assert slept == []
+    assert [request.url for request in api.request_history].count(f"{KEYSTONE}/auth/tokens") == 3
 
 
 def test_the_service_project_is_the_one_of_the_token(api, cloud):
