@@ -1,6 +1,7 @@
 """What protected servers leave on hosts and in the cloud; nothing should be there once they are deleted."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from openstack.connection import Connection
@@ -15,23 +16,28 @@ NOVAS_OWN = {"_base", "locks", "compute_nodes", "snapshots"}
 
 
 def on_hosts(layout: Layout) -> dict[str, list[str]]:
-    """Host that runs -> the domains, taps, folders and engines there, one word each kind: 'domain', 'tap'..."""
-    return {node.name: sorted(_on(layout, node)) for node in COMPUTES if Machine(layout, node).pid1() is not None}
+    """Host that runs -> the kinds of what is there, once for each thing: 'domain', 'tap'..."""
+    return {
+        node.name: sorted(thing.split()[0] for thing in on_host(layout, node))
+        for node in COMPUTES
+        if Machine(layout, node).pid1() is not None
+    }
 
 
-def _on(layout: Layout, node: Node) -> Iterator[str]:
+def on_host(layout: Layout, node: Node) -> Iterator[str]:
+    """Domains, taps, folders of servers and engines, each with its kind and its name. Raises MachineDown."""
     machine = Machine(layout, node)
-    for _ in machine.call(["virsh", "list", "--all", "--name"]).split():
-        yield "domain"
+    for uuid in machine.call(["virsh", "list", "--all", "--uuid"]).split():
+        yield f"domain {uuid}"
     for line in machine.call(["ip", "-brief", "link"]).splitlines():
         if line.startswith("tap"):
-            yield "tap"
+            yield f"tap {line.split()[0]}"
     for folder in layout.instances(node).iterdir():
-        if folder.name not in NOVAS_OWN:
-            yield "files"
+        if folder.is_dir() and folder.name not in NOVAS_OWN:
+            yield f"files {folder.name}"
     for pid in network.pids(node.namespace):
-        if engine_log(pid):
-            yield "engine"
+        if log := engine_log(pid):
+            yield f"engine {Path(log).parent.name} {Path(log).stem}"
 
 
 #: What each side of a protected server has.

@@ -26,6 +26,7 @@ class Fault(enum.Enum):
     SHIPPED = "shipped"
     BEFORE_RELEASE = "before-release"
     HANDED_OVER = "handed-over"
+    BEFORE_UNBUFFER = "before-unbuffer"
     BEFORE_APPLY = "before-apply"
     APPLIED = "applied"
     ASKED = "asked"

@@ -249,6 +249,7 @@ class PrimaryEngine:
 
     def _unbuffer(self) -> None:
         self._watchdog.arm(_ASKING_SLACK_S)
+        trip(Fault.BEFORE_UNBUFFER)
         self._buffers.remove()
 
     def _ask(self) -> None:

@@ -18,6 +18,8 @@ from tests.host.protection import Protection, protected
 
 #: What a busy machine may add to the watchdog's limit.
 SLACK_S = 1.0
+#: What QEMU may take to be asked for the end of its filters (engine/primary.py).
+ASKING_SLACK_S = 10.0
 #: How often a point is passed before it harms: checkpoints on the primary; on the backup also pieces of the first copy.
 PASSES = {"primary": 30, "backup": 160}
 
@@ -26,7 +28,7 @@ IN_PROMOTION = (Fault.BEFORE_LOAD, Fault.LOADED)
 #: Those of disks are in test_disk_faults.py: the guest here has none.
 OF_DISKS = (Fault.MIRROR_STARTED, Fault.DISK_SHIPPED, Fault.BEFORE_SETTLE, Fault.SETTLED)
 IN_HAND_OVER = (Fault.HANDED_OVER, Fault.ASKED)
-BY_THEMSELVES = (*ON_BACKUP, *IN_PROMOTION, *OF_DISKS, *IN_HAND_OVER, Fault.BUFFERED)
+BY_THEMSELVES = (*ON_BACKUP, *IN_PROMOTION, *OF_DISKS, *IN_HAND_OVER, Fault.BUFFERED, Fault.BEFORE_UNBUFFER)
 ON_PRIMARY = tuple(fault for fault in Fault if fault not in BY_THEMSELVES)
 HOWS = ("kill", "hang", "stop")
 
@@ -182,6 +184,29 @@ def test_a_guest_whose_engine_died_before_its_first_checkpoint_is_found_by_its_n
         session.receive(unanswered)
         session.exchange(5)
         assert lost_engines(runtime, []) == []
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_a_guest_that_may_go_on_alone_is_let_go_by_its_note_when_its_engine_fails_to(
+        how: str, primary: Qemu, standby: Qemu, session: Session) -> None:
+    name, runtime = primary.folder.name, str(primary.folder.parent)
+    fault = f"{Fault.BEFORE_UNBUFFER.value}:{how}"
+    with protected(primary, standby, instance_id=name, primary_fault=fault) as pair:
+        session.exchange(5)
+        pair.backup.kill()
+        unanswered = session.send()
+        pair.primary.hear("ask_degrade")
+        pair.primary.grant()
+        bound_s = ORDER["hold_limit_ms"] / 1000 + ASKING_SLACK_S + SLACK_S
+        wait_for("the primary's engine ends, by the watchdog's hand at the latest", pair.primary.ended, bound_s)
+        assert primary.is_running() and stays_silent(session)
+        (lost,) = lost_engines(runtime, [])
+        assert (lost.instance_id, lost.generation) == (name, 1)
+        Guests(runtime, (0, 0), "").let_go(name)
+        session.receive(unanswered)
+        session.exchange(5)
+        assert lost_engines(runtime, []) == []
+        primary.await_sound("churn")
 
 
 def test_a_planned_end_releases_everything_and_leaves_no_standby(primary: Qemu, standby: Qemu,

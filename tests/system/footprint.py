@@ -5,17 +5,15 @@ Each thing is one line of text, so that a difference can be read.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
+from ftvm_lab import leftovers
 from ftvm_lab.command import WaitedTooLong, wait_until
 from ftvm_lab.failover import Stage
 from ftvm_lab.ftvm_settings import manager_file
-from ftvm_lab.layout import COMPUTES, CONTROL, Node
-from ftvm_lab.leftovers import NOVAS_OWN
+from ftvm_lab.layout import COMPUTES, CONTROL
 from ftvm_lab.machine import Machine, MachineDown
-from ftvm_lab.network import pids
-from ftvm_lab.processes import engine_log
 from ftvm_lab.servers import BACKUP_PREFIX
 
 GONE_S = 90.0
@@ -28,25 +26,9 @@ def found(stage: Stage) -> set[str]:
     """Everything that is there."""
     lines: set[str] = set()
     for node in COMPUTES:
-        lines |= {f"{node.name}: {thing}" for thing in _on_host(stage, node)}
+        with suppress(MachineDown):
+            lines |= {f"{node.name}: {thing}" for thing in leftovers.on_host(stage.layout, node)}
     return lines | set(_in_the_cloud(stage))
-
-
-def _on_host(stage: Stage, node: Node) -> Iterator[str]:
-    machine = Machine(stage.layout, node)
-    try:
-        domains = machine.call(["virsh", "list", "--all", "--uuid"]).split()
-        links = machine.call(["ip", "-brief", "link"]).splitlines()
-    except MachineDown:
-        return
-    yield from (f"domain {uuid}" for uuid in domains)
-    yield from (f"tap {line.split()[0]}" for line in links if line.startswith("tap"))
-    for folder in stage.layout.instances(node).iterdir():
-        if folder.is_dir() and folder.name not in NOVAS_OWN:
-            yield f"files {folder.name}"
-    for pid in pids(node.namespace):
-        if log := engine_log(pid):
-            yield f"engine {Path(log).parent.name} {Path(log).stem}"
 
 
 def _in_the_cloud(stage: Stage) -> Iterator[str]:
