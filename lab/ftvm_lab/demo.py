@@ -12,13 +12,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ftvm_lab import cloud, failover
+from ftvm_lab import cloud, failover, network
 from ftvm_lab.command import LabError, Progress
 from ftvm_lab.failover import Outcome, Stage
-from ftvm_lab.layout import Layout
+from ftvm_lab.layout import CLIENT, Layout
 from ftvm_lab.servers import Servers
 
 NAME = "ftvm-demo"
+LINUX_RTO_MIN_MS = 200
 
 
 def main() -> None:
@@ -30,12 +31,13 @@ def main() -> None:
     setup_s = None
     try:
         setup_s = failover.prepare(layout, progress)
+        network.set_rto_min(CLIENT, arguments.rto_min)
         for outcome in _run(layout, progress, arguments.runs):
             outcomes.append(outcome)
     except LabError as failed:
         error = str(failed)
         print(f"demo: {error}", file=sys.stderr)
-    _write(arguments.output, {"setup_s": setup_s, "error": error}, outcomes)
+    _write(arguments.output, {"setup_s": setup_s, "rto_min_ms": arguments.rto_min, "error": error}, outcomes)
     print(f"the figures are in {arguments.output}")
     sys.exit(1 if error or not all(outcome.survived for outcome in outcomes) else 0)
 
@@ -43,6 +45,8 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--rto-min", type=int, default=LINUX_RTO_MIN_MS, metavar="MS",
+                        help=f"when the clients' TCP sends again at the earliest: {LINUX_RTO_MIN_MS}, as Linux does")
     parser.add_argument("--output", type=Path, default=Path("build/demo.json"))
     return parser.parse_args()
 

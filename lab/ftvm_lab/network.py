@@ -6,6 +6,7 @@ its own, where the guests' taps go.
 """
 
 from collections.abc import Iterable
+from ipaddress import ip_interface
 
 from ftvm_lab.command import CommandFailed, run
 from ftvm_lab.layout import BRIDGES, CLIENT, COMPUTES, CONTROL, PROVIDER, Bridge, Node
@@ -42,6 +43,13 @@ def create_client(node: Node) -> None:
     _ip(["link set lo up"], node.namespace)
     _attach(node, PROVIDER)
     _ip([f"addr add {node.address(PROVIDER)}/24 dev eth-{PROVIDER.name}"], node.namespace)
+
+
+def set_rto_min(node: Node, milliseconds: int) -> None:
+    """The least time after which that namespace's TCP sends again what the provider network did not acknowledge."""
+    own = ip_interface(f"{node.address(PROVIDER)}/24")
+    way = f"dev eth-{PROVIDER.name} proto kernel scope link src {own.ip}"
+    _ip([f"route change {own.network} {way} rto_min {milliseconds}ms"], node.namespace)
 
 
 def create_host(node: Node) -> None:
