@@ -1,12 +1,13 @@
 """What the engine needs of the world. host/ implements these; tests give fakes; cmd/ joins them."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from nova_ftvm.core.dirty import Pages
 from nova_ftvm.core.disk import DiskWrite
+from nova_ftvm.core.packets import Packets
 from nova_ftvm.types import Disk, RamBlock
 
 Message = dict[str, Any]
@@ -56,6 +57,12 @@ class NetBuffer(Pollable, Protocol):
 
     def cut(self) -> None:
         """What was sent until now, the guest at a stop, is the present checkpoint's."""
+
+    def covered(self) -> Iterable[Packets]:
+        """What the last cut covers, where it is not much."""
+
+    def overheard(self) -> Iterable[Packets]:
+        """What came for the guest, which has it, since the last cut or call, where it is not much."""
 
     def release(self) -> None:
         """Lets go what the last cut covers."""
@@ -175,6 +182,14 @@ class Domain(Protocol):
     """The standby, as libvirt knows it."""
 
     def resume(self) -> None: ...
+
+
+class Replay(Protocol):
+    """The standby's interfaces, once the guest runs here."""
+
+    def replay(self, heard: Mapping[bytes, bytes], said: Mapping[bytes, bytes]) -> None:
+        """Packets to the guest, and from it, once more: by the interface's address, framed as QEMU does. Never
+        raises, and takes a bounded time."""
 
 
 class Control(Pollable, Protocol):

@@ -23,7 +23,7 @@ from nova_ftvm.engine.capture import Conversation
 from nova_ftvm.engine.primary import PrimaryEngine
 from nova_ftvm.engine.stats import EpochLog
 from nova_ftvm.exception import FtvmError, InTheWay, Unsupported
-from nova_ftvm.host import qmp
+from nova_ftvm.host import netfilter, qmp
 from nova_ftvm.host.control import ControlServer
 from nova_ftvm.host.disks import (
     AttendedMonitor,
@@ -37,9 +37,10 @@ from nova_ftvm.host.disks import (
 from nova_ftvm.host.gate import Gate
 from nova_ftvm.host.libvirt import Host, StandbyDomain
 from nova_ftvm.host.memory import GuestMemory, TrackedMemory, ram_blocks
-from nova_ftvm.host.netbuf import OutputBuffer, interfaces, remove_filters
+from nova_ftvm.host.netbuf import OutputBuffer
 from nova_ftvm.host.note import NoteFile
 from nova_ftvm.host.processors import Processors
+from nova_ftvm.host.replay import Replay
 from nova_ftvm.host.watchdog import Watchdog
 from nova_ftvm.types import Generation, Role
 
@@ -129,12 +130,12 @@ def run_primary(order: Order, control: ControlServer) -> int:
     note = NoteFile(order.folder, order.pair_id, order.generation, order.instance_id, monitor.pid)
     # The manager begins only with a guest that may speak, and the backup that answered waits for its first epoch: what
     # an engine holds that died here is let go now, and not at the end of the first copy.
-    netdevs = interfaces(monitor)
-    remove_filters(monitor, netdevs)
+    interfaces = netfilter.interfaces(monitor)
+    netfilter.remove(monitor, interfaces)
     note.remove()
     pidfd = qmp.pidfd_of(monitor)
     memory = TrackedMemory(monitor.pid, pidfd, blocks)
-    buffers = OutputBuffer(monitor, netdevs)
+    buffers = OutputBuffer(monitor, interfaces)
     processors = Processors(monitor)
     mirror = DiskMirror(monitor, disks, order.path("disks.sock"), order.qemu_owner, order.disk_copy_mib_s << 20,
                         _MAX_REQUEST)
@@ -182,7 +183,7 @@ def run_backup(order: Order, control: ControlServer, domain: ports.Domain | None
         generation=order.generation, token=order.token,
         expected=wire.Hello(order.pair_id, machine_type(monitor), tuple(blocks), disks=tuple(disks)), memory=memory,
         disks=StandbyDisks(monitor, disks, order.path("replica.sock")), backlog_limit=order.replica_backlog_mib << 20,
-        monitor=monitor, domain=domain, listener=listener, control=control,
+        monitor=monitor, domain=domain, replay=Replay(monitor), listener=listener, control=control,
         pidfd=qmp.pidfd_of(monitor), lease=lease, beat_s=order.beat_ms / 1000, frame_limit=order.frame_limit_bytes,
         stream_path=order.path("incoming.sock"))
     control.report("listening", port=listener.getsockname()[1])

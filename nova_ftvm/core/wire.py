@@ -2,7 +2,7 @@
 
     0       4    5    6       8            16           24       28       32
     | magic |ver |kind| zero  | generation |   epoch    | length | crc32  | payload ...
-      FTVM    4    u8   u16      u64           u64         u32      u32      length bytes      (big endian)
+      FTVM    5    u8   u16      u64           u64         u32      u32      length bytes      (big endian)
 
 crc32 covers the first 28 bytes and the payload. A frame that is too long, of another version, damaged, or of
 another generation raises, and the decoder gives nothing more: the connection must be closed.
@@ -14,7 +14,8 @@ another generation raises, and the decoder gives nothing more: the connection mu
       |     <- PRELOAD, DISK_PRELOAD ...         |   copied while the guest runs; no epoch yet
       |     <- DISK ... PAGES ... DEVICE ... COMMIT  one epoch; whole at COMMIT. DISK comes while the guest runs
       | ACK (epoch)                       ->     |   only AFTER the epoch is applied
-      | BEAT                             <->     |   a sign of life
+      |     <- HEARD, SAID  packets under way    |   no part of an epoch, SAID after its COMMIT; core/packets.py
+      | BEAT                             <->     |   a sign of life; the primary's epoch: the last whose output left
       |     <- GUEST_GONE  QEMU ended by itself  |
       |     <- HAND_OVER  the guest moves        |   a planned failover; the primary holds its output
       |     <- BYE  a planned end                |
@@ -26,6 +27,7 @@ DISK_PRELOAD and DISK:  writes u32 | zero u32 | writes x (disk u16, op u16, leng
 CHANGES:            block u16 | zero u16 | runs u32 | runs | masks | words, see core/delta.py
 DEVICE_CHANGES:     length u32 | CHANGES of the state as pages, of the block after the last
 COMMIT:             frames u32 | pages u64 | disk writes u64
+HEARD and SAID:     the interface's address, 6 bytes | packets. HEARD's epoch is the one that will cover them
 """
 
 import dataclasses
@@ -42,10 +44,11 @@ import numpy as np
 
 from nova_ftvm.core import delta, dirty
 from nova_ftvm.core.disk import DiskOp, DiskWrite, split
+from nova_ftvm.core.packets import Packets
 from nova_ftvm.exception import ProtocolError, StaleGeneration
 from nova_ftvm.types import PAGE, Buffer, Disk, Epoch, Generation, RamBlock
 
-VERSION = 4
+VERSION = 5
 CHALLENGE_BYTES = 32
 #: Longest frame that is read from a peer that has not proved itself yet.
 GREETING_LIMIT = 1 << 16
@@ -60,6 +63,7 @@ _COMMIT = struct.Struct(">IQQ")
 _STATE = struct.Struct(">I")
 HEADER_BYTES = _HEADER.size + _CRC.size
 _MOST_STATE_BYTES = 1 << 28
+_MAC_BYTES = 6
 
 
 class Kind(enum.IntEnum):
@@ -79,6 +83,8 @@ class Kind(enum.IntEnum):
     HAND_OVER = 14
     CHANGES = 15
     DEVICE_CHANGES = 16
+    HEARD = 17
+    SAID = 18
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -262,6 +268,17 @@ def decode_commit(frame: Frame) -> tuple[int, int, int]:
         raise ProtocolError("a COMMIT frame of a wrong length")
     frames, pages, writes = _COMMIT.unpack(frame.payload)
     return frames, pages, writes
+
+
+def encode_packets(kind: Kind, generation: Generation, epoch: Epoch, packets: Packets) -> list[Buffer]:
+    """A HEARD or SAID frame. The caller bounds the packets."""
+    return encode(kind, generation, epoch, (packets.mac, packets.framed))
+
+
+def decode_packets(frame: Frame) -> Packets:
+    if len(frame.payload) < _MAC_BYTES:
+        raise ProtocolError(f"a {frame.kind.name} frame is cut short")
+    return Packets(bytes(frame.payload[:_MAC_BYTES]), frame.payload[_MAC_BYTES:])
 
 
 def prove(token: str, challenge: bytes) -> str:

@@ -4,6 +4,7 @@ Called by cmd/engine.py with its ports joined; one guest, one thread. It cannot 
 primary waits for is an acknowledgement, and that wait is bounded there. Between epochs it sleeps.
 """
 
+import contextlib
 import logging
 import selectors
 import socket
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from nova_ftvm import ports
 from nova_ftvm.core import stream, wire
 from nova_ftvm.core.lease import HOLDS_REPLICA, Lease, Verdict, Watch
+from nova_ftvm.core.packets import InFlight
 from nova_ftvm.core.replica import Acknowledge, Replica, Write, WriteDisks
 from nova_ftvm.engine import link as links
 from nova_ftvm.engine.faults import Fault, trip
@@ -25,6 +27,8 @@ LOG = logging.getLogger(__name__)
 
 #: A standby whose primary never comes is not kept.
 _FIRST_CONTACT_S = 60.0
+#: What is kept of packets that are under way, in each direction.
+_IN_FLIGHT_BYTES = 1 << 20
 #: What is committed and not yet written to the disks must be written before the guest runs; it is bounded.
 _SETTLE_S = 10.0
 
@@ -34,8 +38,8 @@ class BackupEngine:
 
     def __init__(self, *, generation: Generation, token: str, expected: wire.Hello, memory: ports.WritableMemory,
                  disks: ports.ReplicaDisks, backlog_limit: int, monitor: ports.Monitor, domain: ports.Domain,
-                 listener: socket.socket, control: ports.Control, pidfd: int, lease: Lease, beat_s: float,
-                 frame_limit: int, stream_path: str,
+                 replay: ports.Replay, listener: socket.socket, control: ports.Control, pidfd: int, lease: Lease,
+                 beat_s: float, frame_limit: int, stream_path: str,
                  clock: Callable[[], float] = time.monotonic, wall_clock: Callable[[], float] = time.time) -> None:
         """backlog_limit: bytes that may wait for the standby's disks; more than that holds the acknowledgement back."""
         self._generation = generation
@@ -46,6 +50,8 @@ class BackupEngine:
         self._backlog_limit = backlog_limit
         self._monitor = monitor
         self._domain = domain
+        self._replay = replay
+        self._in_flight = InFlight(_IN_FLIGHT_BYTES)
         self._listener = listener
         self._control = control
         self._lease = lease
@@ -131,7 +137,8 @@ class BackupEngine:
 
     def _on_link(self) -> None:
         assert self._link is not None
-        self._link.flush()
+        with contextlib.suppress(PeerLost):
+            self._link.flush()
         for frame in self._link.receive():
             self._lease.on_heard(self._clock())
             if frame.kind is wire.Kind.GUEST_GONE:
@@ -140,7 +147,13 @@ class BackupEngine:
                 self._follow(self._lease.on_handed_over(self._clock()))
             elif frame.kind is wire.Kind.BYE:
                 self._follow(self._lease.on_bye())
-            elif frame.kind is not wire.Kind.BEAT and self._lease.watch in HOLDS_REPLICA:
+            elif frame.kind is wire.Kind.HEARD:
+                self._in_flight.on_heard(frame.epoch, wire.decode_packets(frame))
+            elif frame.kind is wire.Kind.SAID:
+                self._in_flight.on_said(frame.epoch, wire.decode_packets(frame))
+            elif frame.kind is wire.Kind.BEAT:
+                self._in_flight.on_released(frame.epoch)
+            elif self._lease.watch in HOLDS_REPLICA:
                 self._take(frame)
 
     def _take(self, frame: wire.Frame) -> None:
@@ -155,6 +168,7 @@ class BackupEngine:
                 self._disks.advance()
             elif isinstance(action, Acknowledge):
                 self._lease.on_committed()
+                self._in_flight.on_committed(action.epoch)
                 self._owed = action.epoch
                 self._acknowledge()
                 # Applying took time in which nothing was read: that was not the primary's silence.
@@ -163,7 +177,7 @@ class BackupEngine:
     def _acknowledge(self) -> None:
         """An epoch is committed once it is here; but a primary that is faster than these disks has to wait."""
         if self._owed is not None and self._link is not None and self._disks.backlog <= self._backlog_limit:
-            self._link.send_bare(wire.Kind.ACK, self._owed)
+            self._say(wire.Kind.ACK, self._owed)
             self._owed = None
 
     def _on_disks(self) -> None:
@@ -223,11 +237,18 @@ class BackupEngine:
         self._timeline["running_at"] = self._wall_clock()
         self._promoted = True
         self._control.report("promoted", timeline=self._timeline)
+        self._replay.replay(self._in_flight.heard, self._in_flight.said)
 
     def _beat(self) -> None:
         if self._link is not None and self._clock() >= self._next_beat:
             self._next_beat = self._clock() + self._beat_s
-            self._link.send_bare(wire.Kind.BEAT)
+            self._say(wire.Kind.BEAT)
+
+    def _say(self, kind: wire.Kind, epoch: Epoch = Epoch(0)) -> None:
+        """A primary that is gone is lost at the end of what it has said, and not here: that may be a whole epoch."""
+        assert self._link is not None
+        with contextlib.suppress(PeerLost):
+            self._link.send_bare(kind, epoch)
 
     def _lose_link(self) -> None:
         if self._link is not None:

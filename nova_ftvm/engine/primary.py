@@ -24,7 +24,7 @@ from nova_ftvm.engine.freight import Freight
 from nova_ftvm.engine.link import Link, PeerLost
 from nova_ftvm.engine.stats import EpochLog, Stage
 from nova_ftvm.exception import GuestGone, MirrorLost, OutputLost, ProtocolError, QemuError
-from nova_ftvm.types import Buffer, Generation, Grant
+from nova_ftvm.types import Buffer, Epoch, Generation, Grant
 
 LOG = logging.getLogger(__name__)
 
@@ -37,6 +37,10 @@ _ASKING_SLACK_S = 10.0
 _LAST_BREATH_S = 0.2
 #: How often the guest's processors are looked at while its output is gathered.
 _LOOK_S = 150e-6
+#: How often the backup is told at most what came for the guest: each time wakes it up.
+_TELL_S = 3e-3
+#: When the guest runs, or nobody knows whether it goes on here.
+_TELLING = frozenset({Phase.RUNNING, Phase.UNACKNOWLEDGED, Phase.HOLDING})
 #: A checkpoint that QEMU does not end within this is the end of the protection; the gate's keeper sees to the guest.
 _CHECKPOINT_LIMIT_S = 30.0
 
@@ -76,7 +80,9 @@ class PrimaryEngine:
         # An empty transaction changes nothing, and waits for the end of all disk requests; the guest runs on.
         self._copy = FirstCopy(memory, mirror, self._disks, fixed, lambda: monitor.command("transaction", actions=[]),
                                generation, frame_limit, self._send, clock)
-        self._next_progress = self._checkpoint_deadline = clock()
+        #: The last epoch whose output has left.
+        self._released = Epoch(0)
+        self._next_progress = self._next_telling = self._checkpoint_deadline = clock()
         # select() and not epoll: it waits for less than a millisecond.
         self._selector = selectors.SelectSelector()
         self._selector.register(monitor, selectors.EVENT_READ, self._on_monitor)
@@ -100,7 +106,7 @@ class PrimaryEngine:
             Act.SAY_GUEST_GONE: lambda: self._say(wire.Kind.GUEST_GONE),
             Act.SAY_HAND_OVER: self._hand_over,
             Act.FENCE: self._fence,
-            Act.BEAT: lambda: self._say(wire.Kind.BEAT),
+            Act.BEAT: lambda: self._send(wire.encode(wire.Kind.BEAT, self._generation, self._released)),
         }
 
     def run(self) -> Phase:
@@ -132,6 +138,7 @@ class PrimaryEngine:
             self._do(self._loop.tick(self._clock()))
             if self._copies():
                 self._copy_some()
+            self._tell_overheard()
         except GuestGone as gone:
             LOG.warning("the guest is gone: %s", gone)
             self._on_guest_gone()
@@ -306,6 +313,8 @@ class PrimaryEngine:
     def _send_commit(self) -> None:
         checkpoint = self._talk.current
         shipped = self._freight.commit(self._loop.epoch, checkpoint)
+        for packets in self._buffers.covered():
+            self._send(wire.encode_packets(wire.Kind.SAID, self._generation, self._loop.epoch, packets))
         trip(Fault.SHIPPED)
         self._stats.shipped(checkpoint, shipped)
 
@@ -318,6 +327,18 @@ class PrimaryEngine:
     def _release(self) -> None:
         trip(Fault.BEFORE_RELEASE)
         self._buffers.release()
+        self._released = self._loop.epoch
+
+    def _tell_overheard(self) -> None:
+        """Should the guest go on from its last checkpoint, it has not heard what came since."""
+        now = self._clock()
+        if self._loop.phase not in _TELLING or now < self._next_telling:
+            return
+        self._next_telling = now + _TELL_S
+        covered_by = Epoch(self._loop.epoch + 1)
+        for packets in self._buffers.overheard():
+            if self._link.idle:
+                self._send(wire.encode_packets(wire.Kind.HEARD, self._generation, covered_by, packets))
 
     # The first copy
 

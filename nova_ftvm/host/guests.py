@@ -11,10 +11,9 @@ from typing import TypeVar
 
 from nova_ftvm.core.stream import ANNOUNCE
 from nova_ftvm.exception import GuestGone, QemuError, Unsupported
-from nova_ftvm.host import note, qmp
+from nova_ftvm.host import netfilter, note, qmp
 from nova_ftvm.host.disks import remove_mirrors
 from nova_ftvm.host.libvirt import Host
-from nova_ftvm.host.netbuf import interfaces, remove_filters
 
 MONITOR = "monitor.sock"
 
@@ -92,7 +91,7 @@ class Guests:
         """Lets the guest be heard whose engine is dead, and lets go of its disks: the mirror of one that nobody writes
         to would never notice. Only with the arbiter's grant, or disarmed."""
         with self._monitor(instance_id) as monitor:
-            remove_filters(monitor, interfaces(monitor))
+            netfilter.remove(monitor, netfilter.interfaces(monitor))
             remove_mirrors(monitor)
         note.remove(self.folder(instance_id))
 

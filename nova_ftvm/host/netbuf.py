@@ -3,67 +3,59 @@
     guest -> virtio queue -> [out] ...  ... [in] -> tap
                                |         ^
                                v         |
-                        the engine: held until its epoch is committed (core/output.py)
+                        the engine: held until its epoch is committed (core/packets.py)
+                               ^
+                               |
+    guest <- virtio queue <- [tee] <- tap
 
-Both are filter-redirectors, each with one end of a socket pair as its character device: `out` gives each packet to
-the engine as soon as it is sent, `in` takes back what may go. No command, and no parsing, for either: what waits is
-seen by a read, what is committed goes by a write.
+`out` and `in` are filter-redirectors, each with one end of a socket pair as its character device: `out` gives each
+packet to the engine as soon as it is sent, `in` takes back what may go. No command, and no parsing, for either: what
+waits is seen by a read, what is committed goes by a write. `tee`, a filter-mirror, tells what comes for the guest,
+which gets it at once.
 
 An engine that dies takes what it held with it. From then on QEMU throws away what the guest sends, as nobody reads
 it, until the filters are removed: with the arbiter's grant, or disarmed. TCP sends it again.
 Source: QEMU, net/filter-mirror.c. Why not its filter-buffer: doc/source/contributor/decisions/output-redirected.rst.
+What the tee is for: doc/source/contributor/decisions/packets-under-way.rst.
 """
 
-import fcntl
 import logging
 import select
 import socket
-import struct
-import termios
 import time
+from collections.abc import Iterator, Mapping
 
 from nova_ftvm.core.outbox import Outbox
-from nova_ftvm.core.output import HeldOutput
+from nova_ftvm.core.packets import HeldPackets, Packets
 from nova_ftvm.exception import OutputLost, QemuError, Unsupported
-from nova_ftvm.host import qmp
+from nova_ftvm.host import netfilter, qmp
 
 LOG = logging.getLogger(__name__)
 
-_IN, _OUT = "ftvm-in", "ftvm-out"
 #: What is held of each interface at most, beside what the kernel holds. A checkpoint is due long before (`is_filling`).
 _LIMIT_BYTES = 64 << 20
 #: What QEMU may write while the engine does something else. When that is full QEMU waits, and the guest with it, until
 #: the engine reads on or the watchdog ends it.
 _KERNEL_BYTES = 16 << 20
+#: Nobody wakes up for the tee: it is read with the output, and with every beat.
+_TEE_KERNEL_BYTES = 64 << 20
 _CHUNK = 1 << 18
 #: Taken at once at most: more than the kernel holds, so all that a guest that stands still has sent.
-_MOST_CHUNKS = 4 * _KERNEL_BYTES // _CHUNK
-_SO_SNDBUFFORCE = 32
+_MOST_CHUNKS = 4 * _TEE_KERNEL_BYTES // _CHUNK
+#: Of an epoch, an interface and a direction: who sends more at once is not the one that waits for a reply.
+_UNDER_WAY_BYTES = 128 << 10
 #: For QEMU to take what may go, before the filters are removed.
 _TAKEN_S = 1.0
 _TAKEN_STEP_S = 0.2e-3
 
 
-def interfaces(monitor: qmp.Monitor) -> list[str]:
-    """Ids of the netdevs behind the guest's network devices, whatever their model."""
-    found = []
-    for child in monitor.command("qom-list", path="/machine/peripheral"):
-        if not child["type"].startswith("child<"):
-            continue
-        path = f"/machine/peripheral/{child['name']}"
-        if any(p["name"] == "netdev" for p in monitor.command("qom-list", path=path)):
-            netdev = monitor.command("qom-get", path=path, property="netdev")
-            if netdev:
-                found.append(netdev)
-    return found
-
-
 class OutputBuffer:
     """ports.NetBuffer of one guest."""
 
-    def __init__(self, monitor: qmp.Monitor, netdevs: list[str]) -> None:
+    def __init__(self, monitor: qmp.Monitor, interfaces: Mapping[str, bytes]) -> None:
+        """interfaces: netfilter.interfaces()."""
         self._monitor = monitor
-        self._netdevs = netdevs
+        self._interfaces = interfaces
         self._valves: list[_Valve] = []
         self._epoll = select.epoll()
 
@@ -72,14 +64,14 @@ class OutputBuffer:
 
     def install(self) -> None:
         """From now on nothing leaves but by `release`. Leftovers of an engine that died are removed first."""
-        remove_filters(self._monitor, self._netdevs)
-        for netdev in self._netdevs:
-            valve = _Valve(netdev, self._epoll)
+        netfilter.remove(self._monitor, self._interfaces)
+        for netdev, mac in self._interfaces.items():
+            valve = _Valve(netdev, mac, self._epoll)
             self._valves.append(valve)
             try:
                 valve.install(self._monitor)
             except QemuError as error:
-                remove_filters(self._monitor, self._netdevs)
+                netfilter.remove(self._monitor, self._interfaces)
                 raise Unsupported(f"the output of interface {netdev} cannot be buffered ({error.description}): "
                                   "use virtio interfaces without vhost and multiqueue") from error
 
@@ -98,7 +90,19 @@ class OutputBuffer:
         """
         self.hear()
         for valve in self._valves:
-            valve.held.cut()
+            valve.cut()
+
+    def covered(self) -> Iterator[Packets]:
+        """What the last cut covers, where it is not much."""
+        for valve in self._valves:
+            if 0 < len(valve.held.covered) <= _UNDER_WAY_BYTES:
+                yield Packets(valve.mac, bytes(valve.held.covered))
+
+    def overheard(self) -> Iterator[Packets]:
+        """What has come for the guest since the last cut, or call, as long as it is not much. It has it already."""
+        for valve in self._valves:
+            if packets := valve.overhear():
+                yield Packets(valve.mac, packets)
 
     def release(self) -> None:
         """Lets go what the last cut covers: only AFTER its epoch is committed. Raises OutputLost."""
@@ -117,7 +121,7 @@ class OutputBuffer:
             self._let_go()
         except OutputLost as lost:
             LOG.warning("what was held of the guest's output is lost: %s", lost)
-        remove_filters(self._monitor, self._netdevs)
+        netfilter.remove(self._monitor, self._interfaces)
         self.close()
 
     def close(self) -> None:
@@ -146,44 +150,40 @@ class OutputBuffer:
 
 
 class _Valve:
-    """The two filters of one interface, and what is between them."""
+    """The filters of one interface, and what is between them."""
 
-    def __init__(self, netdev: str, epoll: select.epoll) -> None:
-        self._names = {kind: f"{kind}-{netdev}" for kind in (_IN, _OUT)}
+    def __init__(self, netdev: str, mac: bytes, epoll: select.epoll) -> None:
+        self.mac = mac
         self._netdev = netdev
         self._epoll = epoll
-        self._out, self._qemu_out = _pair()
-        self._in, self._qemu_in = _pair()
+        self._out, self._qemu_out = netfilter.pair(_KERNEL_BYTES)
+        self._in, self._qemu_in = netfilter.pair(_KERNEL_BYTES)
+        self._tee, self._qemu_tee = netfilter.pair(_TEE_KERNEL_BYTES)
         self._leaving = Outbox()
-        self.held = HeldOutput(_LIMIT_BYTES)
+        self.held = HeldPackets(_LIMIT_BYTES)
         self._dropped = 0
+        self._overheard = HeldPackets(_UNDER_WAY_BYTES)
+        #: Bytes that were passed on since the last cut.
+        self._told = 0
         epoll.register(self._out, select.EPOLLIN)
         epoll.register(self._in, 0)
 
     def install(self, monitor: qmp.Monitor) -> None:
-        # Of several filters the one added last sees the guest's packets first.
-        for kind, end, way in ((_IN, self._qemu_in, "indev"), (_OUT, self._qemu_out, "outdev")):
-            name = self._names[kind]
-            monitor.give(name, end)
-            end.close()
-            monitor.command("chardev-add", id=name, backend={
-                "type": "socket", "data": {"addr": {"type": "fd", "data": {"str": name}}, "server": False}})
-            monitor.command("object-add", qom_type="filter-redirector", id=name, netdev=self._netdev, queue="rx",
-                            **{way: name})
+        for kind, end, type, queue, way in (
+                (netfilter.IN, self._qemu_in, "filter-redirector", "rx", "indev"),
+                (netfilter.OUT, self._qemu_out, "filter-redirector", "rx", "outdev"),
+                (netfilter.TEE, self._qemu_tee, "filter-mirror", "tx", "outdev")):
+            netfilter.add(monitor, kind, self._netdev, end, type=type, queue=queue, way=way)
 
     def bypass(self, monitor: qmp.Monitor) -> None:
         """From now on the guest's packets go past us."""
-        monitor.command("object-del", id=self._names[_OUT])
+        netfilter.bypass(monitor, netfilter.OUT, self._netdev)
 
     def read(self) -> bool:
         """Takes what there is, and passes on what had no room. Did anything come?"""
         self._flush()
         heard = False
-        for _ in range(_MOST_CHUNKS):
-            try:
-                received = self._out.recv(_CHUNK)
-            except BlockingIOError:
-                break
+        for received in _received(self._out):
             if not received:
                 raise OutputLost(f"QEMU closed the filter of {self._netdev}")
             self.held.add(received)
@@ -194,6 +194,20 @@ class _Valve:
             self._dropped = self.held.dropped
         return heard
 
+    def overhear(self) -> bytes:
+        """What came for the guest and was not passed on yet."""
+        for received in _received(self._tee):
+            self._overheard.add(received)
+        self._overheard.cut()
+        packets = self._overheard.release()
+        self._told += len(packets)
+        return packets if self._told <= _UNDER_WAY_BYTES else b""
+
+    def cut(self) -> None:
+        self.held.cut()
+        self.overhear()
+        self._told = 0
+
     def release(self) -> None:
         self._leaving.add(self.held.release())
         self._flush()
@@ -201,11 +215,10 @@ class _Valve:
     def is_taken(self) -> bool:
         """Has QEMU read all that may go?"""
         self._flush()
-        unread = struct.unpack("i", fcntl.ioctl(self._in, termios.TIOCOUTQ, b"\0" * 4))[0]
-        return not self._leaving and unread == 0
+        return not self._leaving and netfilter.is_taken(self._in)
 
     def close(self) -> None:
-        for end in (self._out, self._in, self._qemu_out, self._qemu_in):
+        for end in (self._out, self._in, self._tee, self._qemu_out, self._qemu_in, self._qemu_tee):
             end.close()
 
     def _flush(self) -> None:
@@ -222,22 +235,13 @@ class _Valve:
         self._epoll.modify(self._in, select.EPOLLOUT if self._leaving else 0)
 
 
-def remove_filters(monitor: qmp.Monitor, netdevs: list[str]) -> None:
-    """Takes the filters away, whoever made them. From then on the guest is heard."""
-    filters = {child["name"] for child in monitor.command("qom-list", path="/objects")}
-    devices = {device["label"] for device in monitor.command("query-chardev")}
-    # First what the engine got: what it gave has nowhere to go then.
-    for name in (f"{kind}-{netdev}" for kind in (_OUT, _IN) for netdev in netdevs):
-        if name in filters:
-            monitor.command("object-del", id=name)
-        if name in devices:
-            monitor.command("chardev-remove", id=name)
-
-
-def _pair() -> tuple[socket.socket, socket.socket]:
-    """Ours and QEMU's end. Much fits in between."""
-    ours, theirs = socket.socketpair()
-    for end in (ours, theirs):
-        end.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _KERNEL_BYTES)
-    ours.setblocking(False)
-    return ours, theirs
+def _received(end: socket.socket) -> Iterator[bytes]:
+    """What is there now, in pieces; the last one is empty when QEMU closed its end."""
+    for _ in range(_MOST_CHUNKS):
+        try:
+            received = end.recv(_CHUNK)
+        except BlockingIOError:
+            return
+        yield received
+        if not received:
+            return

@@ -14,7 +14,7 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from nova_ftvm.engine.backup import BackupEngine
 from nova_ftvm.engine.capture import Conversation
 from nova_ftvm.engine.primary import PrimaryEngine
 from nova_ftvm.engine.stats import EpochLog, Stage
-from nova_ftvm.host import qmp
+from nova_ftvm.host import netfilter, qmp
 from nova_ftvm.host.disks import (
     AttendedMonitor,
     DiskMirror,
@@ -42,7 +42,7 @@ from nova_ftvm.host.disks import (
 )
 from nova_ftvm.host.gate import Gate
 from nova_ftvm.host.memory import GuestMemory, TrackedMemory, ram_blocks
-from nova_ftvm.host.netbuf import OutputBuffer, interfaces
+from nova_ftvm.host.netbuf import OutputBuffer
 from nova_ftvm.host.processors import Processors
 from nova_ftvm.types import PAGE, Disk, Generation
 from tests.host.images import SECTOR
@@ -94,6 +94,10 @@ class NoNote:
     def leave(self) -> None: ...
 
     def remove(self) -> None: ...
+
+
+class NoReplay:
+    def replay(self, heard: Mapping[bytes, bytes], said: Mapping[bytes, bytes]) -> None: ...
 
 
 class NoDomain:
@@ -241,7 +245,7 @@ class Comparison:
             memory.clear()
             self._replica = self._replica_type(theirs, self._backup_disks, self._export_path)
             backup = BackupEngine(
-                generation=GENERATION, token=TOKEN, memory=memory, monitor=theirs, domain=NoDomain(),
+                generation=GENERATION, token=TOKEN, memory=memory, monitor=theirs, domain=NoDomain(), replay=NoReplay(),
                 expected=wire.Hello("pair", machine_type(theirs), tuple(self._backup_blocks),
                                     disks=tuple(self._backup_disks)),
                 listener=listener, disks=self._replica, backlog_limit=LOG_LIMIT, control=self._backup_orders,
@@ -275,7 +279,7 @@ class Comparison:
         memory = self._memory_type(monitor.pid, pidfd, self._blocks)
         mirror = self._mirror_type(monitor, self._disks, str(self._folder / "disks.sock"), (0, 0), 0, MAX_REQUEST)
         gate = HeldGate(str(self._folder / "state.fifo"), self._every, self._look)
-        buffers = ComparingBuffer(monitor, interfaces(monitor))
+        buffers = ComparingBuffer(monitor, netfilter.interfaces(monitor))
         buffers.compare = self._compare
         processors = Processors(monitor)
         save = qmp.encode("xen-save-devices-state", {"filename": gate.path, "live": False}, "save")

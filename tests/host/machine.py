@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import os
+import resource
 import select
 import shutil
 import signal
@@ -21,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from ipaddress import ip_interface
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,8 @@ import numpy as np
 from nova_ftvm.conf import engine as engine_conf
 from nova_ftvm.core import dirty
 from nova_ftvm.engine.faults import TRIPPED
-from nova_ftvm.host import procmem, qmp
+from nova_ftvm.host import netfilter, procmem, qmp
 from nova_ftvm.host.disks import AttendedMonitor
-from nova_ftvm.host.netbuf import interfaces, remove_filters
 from nova_ftvm.types import PAGE, RamBlock
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +56,12 @@ def die_with_the_tests() -> None:
     """In a child, before exec: the kernel ends it when the tests end, however they end."""
     # SAFE: two integers.
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def leave_a_core() -> None:
+    """In a child, before exec: should it crash, where it did can be told."""
+    die_with_the_tests()
+    resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY,) * 2)
 
 
 def wait_for(what: str, condition: Callable[[], Any], timeout_s: float = 20.0, pause_s: float = 0.01) -> Any:
@@ -141,6 +148,11 @@ class Network:
 
     def ip(self, *words: str) -> None:
         self._run("-n", self.name, *words)
+
+    def set_rto_min(self, milliseconds: int) -> None:
+        """How long its TCP waits at least before it sends again."""
+        self.ip("route", "change", f"{ip_interface(HOST_ADDRESS + '/24').network}", "dev", "br0", "proto", "kernel",
+                "scope", "link", "src", HOST_ADDRESS, "rto_min", f"{milliseconds}ms")
 
     def socket(self, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
         """A socket within the namespace; where it was made is where it stays."""
@@ -246,8 +258,8 @@ class Qemu:
              "-chardev", f"socket,id=ftvm,path={folder}/monitor.sock,server=on,wait=off", "-mon", "ftvm,mode=control",
              *(word for name in ("operator", "domain")
                for word in ("-qmp", f"unix:{folder}/{name}.sock,server=on,wait=off"))],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=(folder / "qemu.log").open("wb"),
-            preexec_fn=die_with_the_tests)
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=(folder / "qemu.log").open("wb"), cwd=folder,
+            preexec_fn=leave_a_core)
         try:
             wait_for("QEMU's monitors", lambda: self._has_monitors())
             self.operator = qmp.Monitor(f"{folder}/operator.sock", timeout_s=20.0)
@@ -268,22 +280,22 @@ class Qemu:
                     if line.startswith("tick ") and line[5:].strip().isdigit()), default=0)
 
     def await_log(self, line: str) -> None:
-        wait_for(f"the guest says: {line}", lambda: line in self.log(), BOOT_S)
+        self._wait_for(f"the guest says: {line}", lambda: line in self.log(), BOOT_S)
 
     def await_boot(self, times: int = 1) -> None:
-        wait_for("the guest is up", lambda: self.log().count("guest is up") >= times, BOOT_S)
+        self._wait_for("the guest is up", lambda: self.log().count("guest is up") >= times, BOOT_S)
 
     def await_ticks(self, number: int = 2) -> None:
         """The guest runs: its console goes on."""
         first = self.ticks()
-        wait_for("the guest's console goes on", lambda: self.ticks() >= first + number, 10.0)
+        self._wait_for("the guest's console goes on", lambda: self.ticks() >= first + number, 10.0)
 
     def await_sound(self, *kinds: str, times: int = 1) -> None:
         """Each workload has checked itself again, and found nothing."""
         wanted = {kind: self.log().count(f"sound {kind}") + times for kind in kinds}
         for kind, count in wanted.items():
-            wait_for(f"{kind} checks itself",
-                     lambda kind=kind, count=count: self.log().count(f"sound {kind}") >= count, BOOT_S)
+            self._wait_for(f"{kind} checks itself",
+                           lambda kind=kind, count=count: self.log().count(f"sound {kind}") >= count, BOOT_S)
         assert "CORRUPT" not in self.log()
 
     def await_sound_disks(self, *names: str) -> None:
@@ -305,7 +317,7 @@ class Qemu:
     def unbuffer(self) -> None:
         """What the agent does in the place of a dead engine."""
         with self.monitor() as monitor:
-            remove_filters(monitor, interfaces(monitor))
+            netfilter.remove(monitor, netfilter.interfaces(monitor))
 
     @contextlib.contextmanager
     def monitor(self) -> Iterator[AttendedMonitor]:
@@ -320,9 +332,24 @@ class Qemu:
         self.process.kill()
         self.process.wait()
 
+    def _wait_for(self, what: str, condition: Callable[[], Any], timeout_s: float) -> None:
+        wait_for(what, lambda: self._lives() and condition(), timeout_s)
+
+    def _lives(self) -> bool:
+        assert self.process.poll() is None, self._obituary()
+        return True
+
+    def _obituary(self) -> str:
+        said = f"QEMU ended with {self.process.returncode}: {(self.folder / 'qemu.log').read_text()}"
+        core = self.folder / "core"
+        if core.exists() and shutil.which("gdb"):
+            said += subprocess.run(["gdb", "-batch", "-ex", "thread apply all bt 30", shutil.which(QEMU), core],
+                                   capture_output=True, text=True, check=False).stdout[-20_000:]
+        return said
+
     def _has_monitors(self) -> bool:
-        assert self.process.poll() is None, (self.folder / "qemu.log").read_text()
-        return all((self.folder / name).exists() for name in ("monitor.sock", "operator.sock", "domain.sock"))
+        names = ("monitor.sock", "operator.sock", "domain.sock")
+        return self._lives() and all((self.folder / name).exists() for name in names)
 
 
 def read_all(pid: int, blocks: list[RamBlock]) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -60,6 +61,39 @@ def test_a_torn_epoch_is_never_promoted(launch: Launch, network: Network) -> Non
         pair.backup.grant()
         pair.backup.hear("promoted")
         goes_on(standby, session, unanswered)
+
+
+@pytest.fixture
+def patient(network: Network) -> Iterator[None]:
+    """A client that waits longer before it sends again than for a reply."""
+    network.set_rto_min(30_000)
+    yield
+    network.set_rto_min(200)
+
+
+@pytest.mark.usefixtures("patient")
+def test_what_was_under_way_when_the_host_died_arrives_though_nobody_sends_it_again(launch: Launch,
+                                                                                  network: Network) -> None:
+    primary, standby = launch("p", work=CHURN), launch("b", work=CHURN, standby=True)
+    primary.await_boot()
+    session = Session(network)
+    with protected(primary, standby) as pair:
+        session.exchange(20)
+        # From now on nothing is acknowledged: an epoch is on its way, with the first request, and the guest runs on.
+        os.kill(pair.backup.process.pid, signal.SIGSTOP)
+        unanswered = []
+        for _ in range(2):
+            unanswered.append(session.send())
+            time.sleep(0.1)
+        pair.primary.kill()
+        primary.kill()
+        os.kill(pair.backup.process.pid, signal.SIGCONT)
+        pair.backup.hear("ask_promotion")
+        pair.backup.grant()
+        pair.backup.hear("promoted")
+        for reply in unanswered:
+            session.receive(reply)
+        goes_on(standby, session, session.send())
 
 
 def test_silence_alone_asks_and_without_an_answer_nothing_is_promoted(launch: Launch, network: Network) -> None:

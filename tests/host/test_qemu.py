@@ -9,13 +9,23 @@ from collections.abc import Iterator
 import pytest
 
 from nova_ftvm.exception import GuestGone, OutputLost, QemuError, Unsupported
-from nova_ftvm.host import qmp
+from nova_ftvm.host import netfilter, qmp
 from nova_ftvm.host.memory import TrackedMemory, ram_blocks
-from nova_ftvm.host.netbuf import OutputBuffer, interfaces, remove_filters
+from nova_ftvm.host.netbuf import OutputBuffer
 from nova_ftvm.host.processors import Processors
+from nova_ftvm.host.replay import Replay
 from nova_ftvm.host.userfault import WriteProtection
 from tests.host.conftest import DATAGRAMS, IDLE, Launch
-from tests.host.machine import DATAGRAM_PORT, HOST_ADDRESS, MEMORY_MIB, Network, Qemu, Session
+from tests.host.machine import (
+    DATAGRAM_PORT,
+    GUEST_ADDRESS,
+    HOST_ADDRESS,
+    MEMORY_MIB,
+    Network,
+    Qemu,
+    Session,
+    wait_for,
+)
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +118,10 @@ def test_a_qemu_that_dies_is_told_by_every_door(launch: Launch) -> None:
 
 @pytest.fixture
 def buffer(monitor: qmp.Monitor) -> Iterator[OutputBuffer]:
-    made = OutputBuffer(monitor, interfaces(monitor))
+    made = OutputBuffer(monitor, netfilter.interfaces(monitor))
     yield made
     made.close()
-    remove_filters(monitor, interfaces(monitor))
+    netfilter.remove(monitor, netfilter.interfaces(monitor))
 
 
 def filters(monitor: qmp.Monitor) -> list[str]:
@@ -159,7 +169,7 @@ def test_what_is_held_goes_when_the_filters_go_and_they_leave_nothing(guest: Qem
 
 def test_a_dead_engines_guest_stays_silent_until_its_filters_are_removed(guest: Qemu, listener: Listener) -> None:
     with guest.monitor() as dead:
-        lost = OutputBuffer(dead, interfaces(dead))
+        lost = OutputBuffer(dead, netfilter.interfaces(dead))
         lost.install()
         listener.drain()
         lost.cut()
@@ -167,13 +177,13 @@ def test_a_dead_engines_guest_stays_silent_until_its_filters_are_removed(guest: 
     assert listener.hear(0.5) == [], "a guest spoke that nobody covered"
     guest.await_ticks()
     with guest.monitor() as monitor:
-        buffer = OutputBuffer(monitor, interfaces(monitor))
+        buffer = OutputBuffer(monitor, netfilter.interfaces(monitor))
         buffer.install()
         listener.drain()
         assert listener.hear(0.3) == []
         buffer.remove()
         assert listener.hear(0.3) and filters(monitor) == []
-        remove_filters(monitor, interfaces(monitor))
+        netfilter.remove(monitor, netfilter.interfaces(monitor))
 
 
 def test_each_packet_is_told_of_at_once_though_it_is_held(guest: Qemu, buffer: OutputBuffer,
@@ -188,7 +198,7 @@ def test_each_packet_is_told_of_at_once_though_it_is_held(guest: Qemu, buffer: O
 def test_a_filter_that_somebody_else_removes_is_told_once_and_for_all(guest: Qemu, buffer: OutputBuffer,
                                                                      monitor: qmp.Monitor, listener: Listener) -> None:
     buffer.install()
-    (netdev,) = interfaces(monitor)
+    (netdev,) = netfilter.interfaces(monitor)
     monitor.command("object-del", id=f"ftvm-out-{netdev}")
     monitor.command("chardev-remove", id=f"ftvm-out-{netdev}")
     assert select.select([buffer], [], [], 5.0)[0]
@@ -238,22 +248,106 @@ def test_input_is_not_held(guest: Qemu, buffer: OutputBuffer, network: Network) 
     session.close()
 
 
+# Packets under way
+
+
+class Knocker:
+    """Asks the guest for a service that it does not have: each datagram that it gets is refused."""
+
+    def __init__(self, network: Network) -> None:
+        self.socket = network.socket(socket.SOCK_DGRAM)
+        self.socket.connect((GUEST_ADDRESS, 9))
+        self.socket.setblocking(False)
+
+    def knock(self) -> None:
+        self.socket.send(b"knock, knock")
+
+    def is_refused(self, seconds: float = 2.0) -> bool:
+        if not select.select([self.socket], [], [], seconds)[0]:
+            return False
+        with pytest.raises(ConnectionRefusedError):
+            self.socket.recv(1)
+        return True
+
+
+@pytest.fixture
+def knocker(network: Network) -> Iterator[Knocker]:
+    made = Knocker(network)
+    yield made
+    made.socket.close()
+
+
+def test_a_guest_hears_again_what_came_for_it(guest: Qemu, buffer: OutputBuffer, monitor: qmp.Monitor,
+                                             knocker: Knocker) -> None:
+    buffer.install()
+    buffer.cut()
+    knocker.knock()
+    heard = wait_for("the tee tells what came", lambda: [one for one in buffer.overheard() if b"knock" in one.framed])
+    assert not knocker.is_refused(0.3), "the guest was heard"
+    buffer.remove()
+    assert knocker.is_refused() and not knocker.is_refused(0.3)
+    Replay(monitor).replay({one.mac: bytes(one.framed) for one in heard}, {})
+    assert knocker.is_refused(), "the guest did not hear it again"
+    assert filters(monitor) == []
+
+
+def test_what_a_checkpoint_covers_came_before_it(guest: Qemu, buffer: OutputBuffer, knocker: Knocker) -> None:
+    buffer.install()
+    knocker.knock()
+    time.sleep(0.3)
+    buffer.cut()
+    assert not any(b"knock" in one.framed for one in buffer.overheard())
+
+
+def test_what_a_guest_has_said_can_be_said_again(guest: Qemu, buffer: OutputBuffer, monitor: qmp.Monitor,
+                                               listener: Listener) -> None:
+    buffer.install()
+    listener.drain()
+    time.sleep(0.3)
+    buffer.cut()
+    (covered,) = buffer.covered()
+    buffer.release()
+    first = listener.drain()
+    buffer.remove()
+    listener.drain()
+    Replay(monitor).replay({}, {covered.mac: bytes(covered.framed), b"nobody": b"else"})
+    again = listener.hear(0.3)
+    assert first and [number for number in again if number in first] == first
+    assert filters(monitor) == []
+
+
+def test_much_is_not_worth_to_be_told(guest: Qemu, buffer: OutputBuffer, network: Network) -> None:
+    """Whoever sends so much is not waiting for one reply."""
+    flood = network.socket(socket.SOCK_DGRAM)
+    buffer.install()
+    buffer.cut()
+    told = 0
+    for _ in range(20):
+        for _ in range(20):
+            flood.sendto(bytes(1400), (GUEST_ADDRESS, 9))
+        time.sleep(0.02)
+        told += sum(len(one.framed) for one in buffer.overheard())
+    flood.close()
+    assert 0 < told <= 128 << 10
+    guest.await_ticks()
+
+
 def test_interfaces_of_every_model_are_found_by_their_backends(launch: Launch) -> None:
     qemu = launch("b", standby=True, extra=(
         "-netdev", "user,id=second", "-device", "e1000,id=net1,netdev=second", "-netdev", "user,id=nobody",
         "-netdev", "user,id=third", "-device", "rtl8139,id=net2,netdev=third"))
     with qemu.monitor() as monitor:
-        assert sorted(interfaces(monitor)) == ["hostnet0", "second", "third"]
-        buffer = OutputBuffer(monitor, interfaces(monitor))
+        assert sorted(netfilter.interfaces(monitor)) == ["hostnet0", "second", "third"]
+        buffer = OutputBuffer(monitor, netfilter.interfaces(monitor))
         buffer.install()
-        assert len(filters(monitor)) == 12
+        assert len(filters(monitor)) == 18
         buffer.remove()
         assert filters(monitor) == []
 
 
 def refused(qemu: Qemu) -> str:
     with qemu.monitor() as monitor:
-        buffer = OutputBuffer(monitor, interfaces(monitor))
+        buffer = OutputBuffer(monitor, netfilter.interfaces(monitor))
         with pytest.raises(Unsupported) as raised:
             buffer.install()
         assert filters(monitor) == [], "a refusal leaves nothing behind"

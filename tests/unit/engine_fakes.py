@@ -12,6 +12,7 @@ import numpy as np
 
 from nova_ftvm.core import dirty, wire
 from nova_ftvm.core.disk import DiskWrite
+from nova_ftvm.core.packets import Packets
 from nova_ftvm.exception import GuestGone, MirrorLost, OutputLost, ReplicaFailed
 from nova_ftvm.types import PAGE, Disk, Epoch, Generation, RamBlock
 from tests.unit.frames import BLOCKS, GENERATION, LIMIT
@@ -122,6 +123,9 @@ class FakeBuffer(Bell):
         self._sent = sent
         self.installed = self.is_filling = False
         self.lost = ""
+        #: What came for the guest, and what the last cut covers.
+        self.came: list[Packets] = []
+        self.sent_last: list[Packets] = []
 
     def install(self) -> None:
         self.installed = True
@@ -144,7 +148,15 @@ class FakeBuffer(Bell):
 
     def cut(self) -> None:
         self.hear()
+        self.came.clear()
         self._sent.append("cut")
+
+    def covered(self) -> list[Packets]:
+        return self.sent_last
+
+    def overheard(self) -> list[Packets]:
+        came, self.came = self.came, []
+        return came
 
     def release(self) -> None:
         self._sent.append("release")
@@ -369,7 +381,7 @@ class Peer:
     def raw(self, data: bytes) -> None:
         self.connection.sendall(data)
 
-    def read(self) -> list[wire.Frame]:
+    def read(self, beats: bool = False) -> list[wire.Frame]:
         """All frames that are there, but for beats."""
         self.connection.setblocking(False)
         try:
@@ -378,7 +390,7 @@ class Peer:
         except (BlockingIOError, ConnectionError):
             pass
         frames, self.frames = self.frames, []
-        return [frame for frame in frames if frame.kind is not wire.Kind.BEAT]
+        return [frame for frame in frames if beats or frame.kind is not wire.Kind.BEAT]
 
     def kinds(self) -> list[str]:
         return [frame.kind.name for frame in self.read()]

@@ -3,21 +3,34 @@
 import contextlib
 import dataclasses
 import socket
+import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from nova_ftvm.core import wire
 from nova_ftvm.core.lease import Lease, Watch
+from nova_ftvm.core.packets import Packets
 from nova_ftvm.engine import backup as backups
 from nova_ftvm.engine import link as links
 from nova_ftvm.engine.backup import BackupEngine
 from nova_ftvm.exception import ProtocolError
-from nova_ftvm.types import Disk
+from nova_ftvm.types import Disk, Epoch
 from tests.unit.engine_fakes import Bell, Clock, FakeControl, FakeMemory, FakeQemu, FakeReplicaDisks, Peer
-from tests.unit.frames import BLOCKS, DISKS, GENERATION, LIMIT, disk_frames, epoch_frames, page_frames, pages, write
+from tests.unit.frames import (
+    BLOCKS,
+    DISKS,
+    GENERATION,
+    LIMIT,
+    disk_frames,
+    epoch_frames,
+    join,
+    page_frames,
+    pages,
+    write,
+)
 
 HELLO = wire.Hello("pair", "pc-i440fx-10.0", tuple(BLOCKS), disks=tuple(DISKS))
 BACKLOG_LIMIT = 10_000
@@ -31,20 +44,30 @@ class FakeDomain:
         self.resumed += 1
 
 
+class FakeReplay:
+    """ports.Replay."""
+
+    said_again: tuple[Mapping[bytes, bytes], Mapping[bytes, bytes]] | None = None
+
+    def replay(self, heard: Mapping[bytes, bytes], said: Mapping[bytes, bytes]) -> None:
+        self.said_again = heard, said
+
+
 class Bench:
     """A backup's engine, turned by hand, and a primary of the test's own."""
 
     def __init__(self, folder: Path) -> None:
         self.clock, self.qemu, self.memory = Clock(), FakeQemu(), FakeMemory()
         self.control, self.pidfd, self.disks = FakeControl(), Bell(), FakeReplicaDisks(DISKS)
-        self.domain = FakeDomain()
+        self.domain, self.replay = FakeDomain(), FakeReplay()
         self.listener = links.listen("127.0.0.1")
         self.lease = Lease(GENERATION, 0.3, self.clock.now)
         self.stream_path = str(folder / "incoming.sock")
         self.engine = BackupEngine(
             generation=GENERATION, token="token", expected=HELLO, memory=self.memory, monitor=self.qemu,
             disks=self.disks, backlog_limit=BACKLOG_LIMIT,
-            domain=self.domain, listener=self.listener, control=self.control, pidfd=self.pidfd.fileno(),
+            domain=self.domain, replay=self.replay, listener=self.listener, control=self.control,
+            pidfd=self.pidfd.fileno(),
             lease=self.lease, beat_s=0.1, frame_limit=LIMIT, stream_path=self.stream_path, clock=self.clock,
             wall_clock=lambda: 1000.0)
         self.engine._patience = lambda: 0.002
@@ -373,3 +396,57 @@ def test_a_promotion_whose_disks_fail_is_none(bench: Bench, monkeypatch: pytest.
     bench.control.grant(True)
     bench.turn()
     assert not bench.engine.run() and "No space" in bench.control.reports[-1]["reason"]
+
+
+# Packets under way
+
+MAC = b"\x52\0\0\0\0\1"
+
+
+def packet_frame(kind: wire.Kind, epoch: int, text: bytes) -> bytes:
+    return join(wire.encode_packets(kind, GENERATION, Epoch(epoch), Packets(MAC, text)))
+
+
+def test_a_promoted_guest_hears_what_came_since_its_checkpoint_and_says_what_that_covers(
+        bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.protect()
+    bench.send(packet_frame(wire.Kind.HEARD, 2, b"old"), *epoch_frames(2, [], STATE),
+               packet_frame(wire.Kind.SAID, 2, b"said"), packet_frame(wire.Kind.HEARD, 3, b"new"))
+    order: list[str] = []
+    monkeypatch.setattr(backups, "promote", lambda *_: order.append("promoted"))
+    bench.ask()
+    bench.control.grant(True)
+    assert bench.replay.said_again is None
+    bench.turn()
+    assert order == ["promoted"] and bench.replay.said_again == ({MAC: b"new"}, {MAC: b"said"})
+
+
+def test_packets_change_nothing_of_the_epochs(bench: Bench) -> None:
+    peer = bench.protect()
+    *parts, commit = epoch_frames(2, [pages([2], 22)], STATE)
+    for number, part in enumerate(parts):
+        bench.send(packet_frame(wire.Kind.HEARD, 2, b"%d" % number), part)
+    bench.send(packet_frame(wire.Kind.HEARD, 3, b"later"), commit)
+    assert [(f.kind.name, f.epoch) for f in peer.read()] == [("ACK", 2)] and bench.memory.pages[0, 2] == 22
+
+
+def test_packets_that_cannot_be_read_cost_the_connection(bench: Bench) -> None:
+    bench.protect()
+    bench.send(join(wire.encode(wire.Kind.HEARD, GENERATION, Epoch(2), (b"short",))))
+    assert bench.engine._link is None
+
+
+def test_what_a_primary_said_before_it_died_counts_though_it_cannot_be_answered(bench: Bench) -> None:
+    peer = bench.protect()
+    peer.raw(b"".join([*epoch_frames(2, [pages([2], 22)], STATE), packet_frame(wire.Kind.HEARD, 3, b"new")]))
+    # With something unread its end is a reset: whatever is sent from now on fails at once.
+    bench.engine._say(wire.Kind.BEAT)
+    reset = struct.pack("ii", 1, 0)
+    for end in (peer.connection, bench._link._socket):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        end.close()
+    bench.clock.now += 0.2
+    bench.engine._beat()
+    bench.turn()
+    assert bench.engine._link is None
+    assert bench.memory.pages[0, 2] == 22 and bench.engine._in_flight.heard == {MAC: b"new"}

@@ -9,6 +9,7 @@ import pytest
 
 from nova_ftvm.core import wire
 from nova_ftvm.core.epoch import EpochLoop, Pace, Phase
+from nova_ftvm.core.packets import Packets
 from nova_ftvm.core.policy import Policy
 from nova_ftvm.core.replica import Replica, Write
 from nova_ftvm.engine.capture import Conversation
@@ -169,6 +170,76 @@ def test_what_the_guest_sends_brings_the_next_checkpoint_and_is_covered_up_to_it
     bench.end_save()
     bench.acknowledge(3)
     assert bench.loop.phase is Phase.STOPPING and bench.loop.epoch == 4, "sent after it: the next epoch's"
+
+
+CAME, SENT = Packets(b"\x52\0\0\0\0\1", b"came"), Packets(b"\x52\0\0\0\0\1", b"sent")
+
+
+def told(bench: Bench) -> list[tuple[str, int, Packets]]:
+    """What the backup was told of packets under way."""
+    return [(frame.kind.name, frame.epoch, wire.decode_packets(frame)) for frame in bench.peer.read()
+            if frame.kind in (wire.Kind.HEARD, wire.Kind.SAID)]
+
+
+def test_the_backup_is_told_what_its_guest_would_not_have_heard_and_what_may_not_have_left(bench: Bench) -> None:
+    bench.checkpoint()
+    bench.engine._loop._pace = dataclasses.replace(PACE, epoch_s=100.0)
+    assert told(bench) == []
+    bench.buffers.came.append(CAME)
+    bench.clock.now += 0.01
+    bench.turn()
+    assert told(bench) == [("HEARD", 2, CAME)], "the next epoch will cover it"
+    bench.turn()
+    assert told(bench) == []
+    bench.loop.on_filling()
+    bench.turn()
+    bench.buffers.came.append(CAME)
+    bench.buffers.sent_last.append(SENT)
+    bench.clock.now += 0.01
+    bench.stop_guest()
+    bench.begin_state()
+    assert told(bench) == [], "the checkpoint covers it"
+    bench.end_save()
+    assert told(bench) == [("SAID", 2, SENT)]
+    bench.buffers.came.append(CAME)
+    bench.clock.now += 0.01
+    bench.turn()
+    assert told(bench) == [("HEARD", 3, CAME)]
+
+
+def test_a_beat_tells_the_last_epoch_whose_output_has_left(bench: Bench) -> None:
+    def beats() -> set[int]:
+        bench.clock.now += 0.002
+        bench.turn()
+        return {frame.epoch for frame in bench.peer.read(beats=True) if frame.kind is wire.Kind.BEAT}
+
+    bench.engine._loop._pace = dataclasses.replace(PACE, epoch_s=100.0)
+    bench.checkpoint()
+    assert beats() >= {1}
+    bench.loop.on_filling()
+    bench.turn()
+    bench.stop_guest()
+    bench.begin_state()
+    bench.end_save()
+    assert bench.loop.phase is Phase.UNACKNOWLEDGED and beats() == {1}
+    bench.acknowledge(2)
+    assert beats() >= {2}
+
+
+def test_what_came_is_told_in_portions_and_taken_from_qemu_though_there_is_nobody_to_tell(bench: Bench) -> None:
+    bench.checkpoint()
+    bench.engine._loop._pace = dataclasses.replace(PACE, epoch_s=100.0)
+    bench.clock.now += 0.01
+    for _ in range(3):
+        bench.buffers.came.append(CAME)
+        bench.turn()
+    assert [kind for kind, _, _ in told(bench)] == ["HEARD"], "each wakes the backup up"
+    bench.peer.close()
+    bench.turn()
+    assert bench.loop.phase is Phase.HOLDING
+    bench.clock.now += 0.01
+    bench.turn()
+    assert bench.buffers.came == [], "QEMU would wait when nobody reads"
 
 
 def test_much_that_is_held_brings_a_checkpoint_whatever_the_policy_says(tmp_path: Path) -> None:
