@@ -178,12 +178,6 @@ class Watchdog(Protocol):
     def disarm(self) -> None: ...
 
 
-class Domain(Protocol):
-    """The standby, as libvirt knows it."""
-
-    def resume(self) -> None: ...
-
-
 class Replay(Protocol):
     """The standby's interfaces, once the guest runs here."""
 

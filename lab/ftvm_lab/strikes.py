@@ -269,8 +269,7 @@ def shifts_clock(which: Which, seconds: int) -> Strike:
 
         def heal() -> None:
             clocks.set_offset(scene.layout, which(scene), 0)
-            if seconds > 0:
-                restart_if_running(Machine(scene.layout, which(scene)), computes.COMPUTE)
+            restart_if_running(Machine(scene.layout, which(scene)), computes.COMPUTE)
 
         return heal
 
@@ -278,8 +277,8 @@ def shifts_clock(which: Which, seconds: int) -> Strike:
 
 
 def restart_if_running(machine: Machine, service: str) -> None:
-    """As an operator must who has set the clock back: keystoneauth's limiter (its _fair_semaphore.py) goes by the wall
-    clock, and a nova-compute that has seen a later time sleeps until it comes again."""
+    """As an operator must whose host's clock was set back, by a fault or by its healing: keystoneauth's limiter (its
+    _fair_semaphore.py) goes by the wall clock, and a nova-compute that has seen a later time sleeps for as long."""
     if machine.pid1() is not None and machine.runs(service):
         machine.stop(service)
         ensure(machine, service)

@@ -65,7 +65,7 @@ class EngineFactory:
         order = Order(
             role=Role(request["role"]), pair_id=request["pair_id"], generation=Generation(request["generation"]),
             instance_id=request["instance_id"], token=request["token"], folder=folder,
-            libvirt_uri=self._conf.agent.libvirt_uri, address=request["address"], port=request["port"],
+            address=request["address"], port=request["port"],
             qemu_owner=self._owner, **settings)
         return process.start(dataclasses.asdict(order), os.path.join(folder, f"{order.role.value}.log"),
                              order.path(f"{order.role.value}.ctl"), self._conf.agent.engine_start_timeout_s)

@@ -12,7 +12,6 @@ import sys
 import time
 from typing import Any
 
-from nova_ftvm import ports
 from nova_ftvm.core import wire
 from nova_ftvm.core.epoch import EpochLoop, Pace
 from nova_ftvm.core.lease import Lease
@@ -35,7 +34,6 @@ from nova_ftvm.host.disks import (
     replicas,
 )
 from nova_ftvm.host.gate import Gate
-from nova_ftvm.host.libvirt import Host, StandbyDomain
 from nova_ftvm.host.memory import GuestMemory, TrackedMemory, ram_blocks
 from nova_ftvm.host.netbuf import OutputBuffer
 from nova_ftvm.host.note import NoteFile
@@ -65,7 +63,6 @@ class Order:
     token: str
     #: The server's runtime folder: monitor.sock is in it, all else is made in it.
     folder: str
-    libvirt_uri: str
     #: Backup: where to listen. Primary: the backup's agent.
     address: str
     port: int
@@ -167,9 +164,8 @@ def run_primary(order: Order, control: ControlServer) -> int:
     return ENDED
 
 
-def run_backup(order: Order, control: ControlServer, domain: ports.Domain | None = None) -> int:
+def run_backup(order: Order, control: ControlServer) -> int:
     """The backup's side. The standby's RAM is made zero first: pages that are zero on the primary never come."""
-    domain = domain or StandbyDomain(Host(order.libvirt_uri), order.instance_id)
     monitor = qmp.Monitor(order.path("monitor.sock"))
     status = monitor.command("query-status")["status"]
     if status != "inmigrate":
@@ -183,7 +179,7 @@ def run_backup(order: Order, control: ControlServer, domain: ports.Domain | None
         generation=order.generation, token=order.token,
         expected=wire.Hello(order.pair_id, machine_type(monitor), tuple(blocks), disks=tuple(disks)), memory=memory,
         disks=StandbyDisks(monitor, disks, order.path("replica.sock")), backlog_limit=order.replica_backlog_mib << 20,
-        monitor=monitor, domain=domain, replay=Replay(monitor), listener=listener, control=control,
+        monitor=monitor, replay=Replay(monitor), listener=listener, control=control,
         pidfd=qmp.pidfd_of(monitor), lease=lease, beat_s=order.beat_ms / 1000, frame_limit=order.frame_limit_bytes,
         stream_path=order.path("incoming.sock"))
     control.report("listening", port=listener.getsockname()[1])

@@ -170,6 +170,10 @@ class EpochLoop:
         """Should somebody look at them, and say so?"""
         return self.phase is Phase.RUNNING and policy.watches(self._pace.policy, self._seen)
 
+    def on_released(self, asleep: bool) -> None:
+        """Did the guest's processors sleep when the last epoch's output left?"""
+        self._seen.gather_s = policy.gathers(self._seen, not asleep)
+
     # The checkpoint
 
     def on_heard(self, now: float) -> None:

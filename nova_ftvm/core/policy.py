@@ -13,6 +13,7 @@ busy guest that sends no more for a while works at something else: one reply bes
 
 import dataclasses
 import enum
+import math
 
 #: The processors' sleep is believed when it has lasted for so long: between two requests they nod off for a moment.
 _ASLEEP_S = 150e-6
@@ -21,6 +22,10 @@ _SHARE = 1.0
 #: Output of a busy guest is gathered for so many pauses, within the bounds: then the pause is a small part of the time.
 _GATHER_PAUSES = 10.0
 _GATHER_S = (2e-3, 40e-3)
+#: So many pauses longer, or shorter, when the guest was busy, or asleep, at the acknowledgement.
+_MORE_PAUSES, _LESS_PAUSES = 0.1, 0.3
+#: Output waits for company of a busy guest at least so many pauses.
+_HOLD_PAUSES = 0.5
 #: And for no longer if nothing more comes for so many pauses, within the bounds; but only when the last pause is long
 #: ago: so many pauses.
 _LULL_PAUSES = 1.0
@@ -51,6 +56,8 @@ class Measured:
     output_last: float = 0.0
     #: Since when all processors of the guest have slept, as far as was looked.
     asleep_since: float | None = None
+    #: How long the guest runs, from its restart, before its output is due: learned, see `gathers`.
+    gather_s: float = math.inf
 
 
 def due(policy: Policy, epoch_s: float, seen: Measured) -> float:
@@ -64,10 +71,17 @@ def due(policy: Policy, epoch_s: float, seen: Measured) -> float:
         return seen.output_since
     lull = max(seen.output_last + _within(_LULL_PAUSES * seen.pause_s, _LULL_S),
                seen.resumed + _LULL_SHARE * seen.pause_s)
-    gathered = min(seen.output_since + _within(_GATHER_PAUSES * seen.pause_s, _GATHER_S), lull)
+    gathered = min(max(seen.output_since + _HOLD_PAUSES * seen.pause_s, seen.resumed + seen.gather_s),
+                   seen.output_since + _within(_GATHER_PAUSES * seen.pause_s, _GATHER_S), lull)
     if seen.asleep_since is not None:
         gathered = min(gathered, seen.asleep_since + _ASLEEP_S)
-    return min(max(gathered, seen.resumed + _SHARE * seen.pause_s), quiet)
+    return min(max(gathered, seen.resumed + min(_SHARE * seen.pause_s, seen.gather_s)), quiet)
+
+
+def gathers(seen: Measured, busy: bool) -> float:
+    """What `Measured.gather_s` should be from now on; told when an epoch is released."""
+    step = _MORE_PAUSES if busy else -_LESS_PAUSES
+    return _within(min(seen.gather_s, _GATHER_S[1]) + step * seen.pause_s, (0.0, _GATHER_S[1]))
 
 
 def watches(policy: Policy, seen: Measured) -> bool:

@@ -371,7 +371,7 @@ class Agent:
     def _lose_backup(self, watched: _Watched, reason: str) -> None:
         """The primary notices by itself. What became of a standby that may have been granted the pair must be told:
         its guest may run, as an engine can end between that and its report."""
-        if watched.state in ("ask_promotion", "failed"):
+        if watched.asked or watched.failure:
             watched.promoted = watched.asked and self._is_promoted(watched)
             grant = self._insist(lambda: self._manager.report_promoted(
                 *self._voice(watched), {}, "" if watched.promoted else reason))

@@ -37,7 +37,7 @@ class BackupEngine:
     """One standby. `run()` returns True when it was promoted: the domain is the guest now."""
 
     def __init__(self, *, generation: Generation, token: str, expected: wire.Hello, memory: ports.WritableMemory,
-                 disks: ports.ReplicaDisks, backlog_limit: int, monitor: ports.Monitor, domain: ports.Domain,
+                 disks: ports.ReplicaDisks, backlog_limit: int, monitor: ports.Monitor,
                  replay: ports.Replay, listener: socket.socket, control: ports.Control, pidfd: int, lease: Lease,
                  beat_s: float, frame_limit: int, stream_path: str,
                  clock: Callable[[], float] = time.monotonic, wall_clock: Callable[[], float] = time.time) -> None:
@@ -49,7 +49,6 @@ class BackupEngine:
         self._disks = disks
         self._backlog_limit = backlog_limit
         self._monitor = monitor
-        self._domain = domain
         self._replay = replay
         self._in_flight = InFlight(_IN_FLIGHT_BYTES)
         self._listener = listener
@@ -229,7 +228,7 @@ class BackupEngine:
             trip(Fault.BEFORE_SETTLE)
             self._disks.settle(_SETTLE_S)
             trip(Fault.SETTLED)
-            promote(self._monitor, self._domain, stream.incoming(
+            promote(self._monitor, stream.incoming(
                 self._expected.machine, self._memory.blocks, self._replica.device_state), self._stream_path)
         except FtvmError as failed:
             self._failure = str(failed)

@@ -219,6 +219,7 @@ class PrimaryEngine:
         self._do(acts)
         if acts:
             self._stats.committed()
+            self._loop.on_released(self._processors.asleep())
 
     def _on_disks(self) -> None:
         if not self._disks.may_read(self._loop.phase, self._link.queued):

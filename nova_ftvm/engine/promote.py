@@ -22,9 +22,12 @@ class PromotionFailed(FtvmError):
     """The standby did not take the stream. The guest does not run here."""
 
 
-def promote(monitor: ports.Monitor, domain: ports.Domain, stream: bytes, socket_path: str,
+def promote(monitor: ports.Monitor, stream: bytes, socket_path: str,
             clock: Callable[[], float] = time.monotonic) -> None:
-    """Returns when the guest runs. Raises PromotionFailed or GuestGone."""
+    """Returns when the guest runs. Raises PromotionFailed or GuestGone.
+
+    libvirt may be away meanwhile: it follows QEMU's RESUME event, as it does after each checkpoint.
+    """
     trip(Fault.BEFORE_LOAD)
     if os.path.lexists(socket_path):
         os.unlink(socket_path)
@@ -39,7 +42,7 @@ def promote(monitor: ports.Monitor, domain: ports.Domain, stream: bytes, socket_
             raise PromotionFailed(f"QEMU did not load the last checkpoint within {LOAD_TIMEOUT_S:g} s")
         time.sleep(_POLL_S)
     trip(Fault.LOADED)
-    domain.resume()
+    monitor.command("cont")
     monitor.command("announce-self", **ANNOUNCE)
 
 

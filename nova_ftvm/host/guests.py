@@ -77,13 +77,14 @@ class Guests:
     def finish_promotion(self, instance_id: str) -> bool:
         """Does the guest run here that a backup's engine was promoting when it ended? One that has its checkpoint and
         was not resumed yet is resumed: an engine loads it by the arbiter's grant only, and it has never run, so nobody
-        else has paused it. False: there is no guest, or it never got its checkpoint. Raises GuestGone when libvirt does
-        not resume it."""
-        if self._status(instance_id) == "paused":
-            self._libvirt(lambda host: host.resume(instance_id))
-        if self._status(instance_id) != "running":
+        else has paused it. False: there is no guest, or it never got its checkpoint. Raises GuestGone or QemuError
+        when it is not resumed."""
+        status = self._status(instance_id)
+        if status not in ("paused", "running"):
             return False
-        with contextlib.suppress(GuestGone, QemuError), self._monitor(instance_id) as monitor:
+        with self._monitor(instance_id) as monitor:
+            if status == "paused":
+                monitor.command("cont")
             monitor.command("announce-self", **ANNOUNCE)
         return True
 

@@ -33,12 +33,6 @@ class Host:
                             ) from error
         return capacity
 
-    def resume(self, instance_id: str) -> None:
-        try:
-            self._find(instance_id).resume()
-        except libvirt.libvirtError as error:
-            raise GuestGone(f"server {instance_id} could not be resumed: {error}") from error
-
     def destroy(self, instance_id: str) -> bool:
         """Ends the guest at once. False when there is none."""
         try:
@@ -59,14 +53,3 @@ class Host:
             return self._connection.lookupByUUIDString(instance_id)
         except libvirt.libvirtError as error:
             raise GuestGone(f"libvirt knows no server {instance_id}: {error}") from error
-
-
-class StandbyDomain:
-    """ports.Domain."""
-
-    def __init__(self, host: Host, instance_id: str) -> None:
-        self._host = host
-        self._instance_id = instance_id
-
-    def resume(self) -> None:
-        self._host.resume(self._instance_id)

@@ -1,25 +1,12 @@
-"""The engine's process as cmd/engine.py makes it, but for libvirt: the standby's QEMU is told by its second monitor."""
+"""The engine's process as cmd/engine.py makes it; it ends at once, and does not wait for an agent."""
 
 import logging
 import sys
 
 from nova_ftvm.cmd import engine
 from nova_ftvm.exception import FtvmError
-from nova_ftvm.host import qmp
 from nova_ftvm.host.control import ControlServer
 from nova_ftvm.types import Role
-
-
-class Operated:
-    """ports.Domain. The test's own monitor is taken, so QEMU's third one is used."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def resume(self) -> None:
-        monitor = qmp.Monitor(self._path)
-        monitor.command("cont")
-        monitor.close()
 
 
 def main() -> int:
@@ -31,7 +18,7 @@ def main() -> int:
     try:
         if order.role is Role.PRIMARY:
             return engine.run_primary(order, control)
-        return engine.run_backup(order, control, Operated(order.path("domain.sock")))
+        return engine.run_backup(order, control)
     except FtvmError as error:
         logging.error("%s", error)
         control.report("failed", reason=str(error))

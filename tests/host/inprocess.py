@@ -100,11 +100,6 @@ class NoReplay:
     def replay(self, heard: Mapping[bytes, bytes], said: Mapping[bytes, bytes]) -> None: ...
 
 
-class NoDomain:
-    def resume(self) -> None:
-        raise AssertionError("nobody granted a promotion")
-
-
 class ObservedMemory(TrackedMemory):
     """The primary's memory; for mutations, is told when the guest's processors stand and its disks do not yet."""
 
@@ -245,7 +240,7 @@ class Comparison:
             memory.clear()
             self._replica = self._replica_type(theirs, self._backup_disks, self._export_path)
             backup = BackupEngine(
-                generation=GENERATION, token=TOKEN, memory=memory, monitor=theirs, domain=NoDomain(), replay=NoReplay(),
+                generation=GENERATION, token=TOKEN, memory=memory, monitor=theirs, replay=NoReplay(),
                 expected=wire.Hello("pair", machine_type(theirs), tuple(self._backup_blocks),
                                     disks=tuple(self._backup_disks)),
                 listener=listener, disks=self._replica, backlog_limit=LOG_LIMIT, control=self._backup_orders,

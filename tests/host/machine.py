@@ -247,7 +247,7 @@ class Bench:
 
 
 class Qemu:
-    """One QEMU. monitor.sock is the product's, operator.sock the test's, domain.sock stands for libvirt's."""
+    """One QEMU. monitor.sock is the product's, operator.sock the test's."""
 
     def __init__(self, folder: Path, arguments: list[str], network: Network | None = None) -> None:
         self.folder = folder
@@ -256,8 +256,7 @@ class Qemu:
             [*(["ip", "netns", "exec", network.name] if network else []), QEMU, *arguments,
              "-serial", f"file:{self.serial}",
              "-chardev", f"socket,id=ftvm,path={folder}/monitor.sock,server=on,wait=off", "-mon", "ftvm,mode=control",
-             *(word for name in ("operator", "domain")
-               for word in ("-qmp", f"unix:{folder}/{name}.sock,server=on,wait=off"))],
+             "-qmp", f"unix:{folder}/operator.sock,server=on,wait=off"],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=(folder / "qemu.log").open("wb"), cwd=folder,
             preexec_fn=leave_a_core)
         try:
@@ -348,8 +347,7 @@ class Qemu:
         return said
 
     def _has_monitors(self) -> bool:
-        names = ("monitor.sock", "operator.sock", "domain.sock")
-        return self._lives() and all((self.folder / name).exists() for name in names)
+        return self._lives() and all((self.folder / name).exists() for name in ("monitor.sock", "operator.sock"))
 
 
 def read_all(pid: int, blocks: list[RamBlock]) -> dict[str, np.ndarray]:
@@ -367,7 +365,7 @@ def read_all(pid: int, blocks: list[RamBlock]) -> dict[str, np.ndarray]:
 
 #: As the agent makes it from the configuration, with limits that a test can wait for.
 ORDER = {**{option.name: option.default for option in engine_conf.OPTS},
-         "pair_id": "pair", "generation": 1, "instance_id": "server", "token": "token", "libvirt_uri": "",
+         "pair_id": "pair", "generation": 1, "instance_id": "server", "token": "token",
          "qemu_owner": [0, 0], "epoch_ms": 20.0, "hold_limit_ms": 400.0, "beat_ms": 100.0, "beat_misses": 5,
          "ack_limit_ms": 400.0, "live_passes": 4, "live_rest_pages": 2048, "frame_limit_bytes": 4 << 20}
 

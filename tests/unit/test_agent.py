@@ -91,7 +91,7 @@ class FakeGuests:
         self.finished.append(instance_id)
         if self.away:
             self.away -= 1
-            raise GuestGone("libvirt is away")
+            raise GuestGone("QEMU's monitor gave no answer")
         return instance_id in self.loaded
 
     def let_go(self, instance_id: str) -> None:
@@ -351,12 +351,14 @@ def has_its_checkpoint(host: Host) -> None:
     host.guests.loaded.add(BACKUP_SERVER)
 
 
-@pytest.mark.parametrize("last_word", ["", "failed"], ids=["killed", "failed"])
+@pytest.mark.parametrize("last_words", [(), ("failed",), ("failed", "ended")],
+                         ids=["killed", "failed", "failed-and-ended"])
 def test_a_guest_that_runs_is_told_as_promoted_though_its_engine_did_not_live_to_say_so(host: Host,
-                                                                                       last_word: str) -> None:
+                                                                                       last_words: tuple[str, ...]
+                                                                                       ) -> None:
     engine = promoting(host)
-    if last_word:
-        engine.say(last_word, reason="QEMU did not answer", granted=True)
+    for word in last_words:
+        engine.say(word, reason="QEMU did not answer", granted=True)
     has_its_checkpoint(host)
     host.manager.silent_for = 2
     engine.say("gone")
@@ -381,7 +383,7 @@ def test_a_guest_that_nobody_wants_any_more_is_destroyed_though_its_engine_died(
     assert host.guests.destroyed == [BACKUP_SERVER]
 
 
-def test_a_guest_is_resumed_once_libvirt_is_back(host: Host) -> None:
+def test_a_guest_is_resumed_once_qemu_answers(host: Host) -> None:
     engine = promoting(host)
     has_its_checkpoint(host)
     host.guests.away = 3

@@ -37,13 +37,6 @@ BACKLOG_LIMIT = 10_000
 STATE = b"QEVM\0\0\0\3devices"
 
 
-class FakeDomain:
-    resumed = 0
-
-    def resume(self) -> None:
-        self.resumed += 1
-
-
 class FakeReplay:
     """ports.Replay."""
 
@@ -59,14 +52,14 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.clock, self.qemu, self.memory = Clock(), FakeQemu(), FakeMemory()
         self.control, self.pidfd, self.disks = FakeControl(), Bell(), FakeReplicaDisks(DISKS)
-        self.domain, self.replay = FakeDomain(), FakeReplay()
+        self.replay = FakeReplay()
         self.listener = links.listen("127.0.0.1")
         self.lease = Lease(GENERATION, 0.3, self.clock.now)
         self.stream_path = str(folder / "incoming.sock")
         self.engine = BackupEngine(
             generation=GENERATION, token="token", expected=HELLO, memory=self.memory, monitor=self.qemu,
             disks=self.disks, backlog_limit=BACKLOG_LIMIT,
-            domain=self.domain, replay=self.replay, listener=self.listener, control=self.control,
+            replay=self.replay, listener=self.listener, control=self.control,
             pidfd=self.pidfd.fileno(),
             lease=self.lease, beat_s=0.1, frame_limit=LIMIT, stream_path=self.stream_path, clock=self.clock,
             wall_clock=lambda: 1000.0)
@@ -176,7 +169,7 @@ def test_silence_asks_and_no_answer_asks_again_and_promotes_nothing(bench: Bench
         bench.clock.now += 0.6
         bench.turn(1)
     assert bench.control.told == ["ask_promotion"] * 5
-    assert bench.domain.resumed == 0 and "migrate-incoming" not in bench.qemu.sent
+    assert "cont" not in bench.qemu.sent and "migrate-incoming" not in bench.qemu.sent
 
 
 def test_what_comes_whole_while_the_arbiter_is_asked_is_taken_and_acknowledged(bench: Bench) -> None:
@@ -192,12 +185,11 @@ def test_a_grant_loads_the_last_whole_epoch_and_resumes(bench: Bench, monkeypatc
     bench.send(*epoch_frames(2, [pages([2], 22)], STATE)[:-1])
     bench.ask()
     streams: list[bytes] = []
-    monkeypatch.setattr(backups, "promote", lambda monitor, domain, stream, path: (streams.append(stream),
-                                                                                   domain.resume()))
+    monkeypatch.setattr(backups, "promote", lambda monitor, stream, path: streams.append(stream))
     bench.control.grant(True)
     bench.turn()
     assert bench.engine.run() is True
-    assert bench.domain.resumed == 1 and streams[0].endswith(STATE[8:] + b"\x06\0\0\0\0")
+    assert len(streams) == 1 and streams[0].endswith(STATE[8:] + b"\x06\0\0\0\0")
     assert bench.memory.pages == {(0, 1): 11}
     assert bench.control.reports[-1] == {"event": "promoted", "timeline": {
         "detected_at": 1000.0, "granted_at": 1000.0, "running_at": 1000.0}}
@@ -210,7 +202,7 @@ def test_a_promotion_that_fails_is_told_and_no_guest_runs(bench: Bench) -> None:
     bench.turn()
     assert bench.engine.run() is False
     assert bench.control.told[-1] == "failed" and bench.control.reports[-1]["granted"]
-    assert bench.domain.resumed == 0
+    assert "cont" not in bench.qemu.sent
 
 
 def test_nothing_is_acknowledged_after_the_grant_not_even_when_the_promotion_fails(bench: Bench) -> None:
@@ -246,7 +238,7 @@ def test_a_planned_end_gives_the_standby_up(bench: Bench, how: str) -> None:
     else:
         bench.control.give("stop", reason="switched off")
     assert bench.engine.run() is False
-    assert bench.control.told == [] and bench.domain.resumed == 0
+    assert bench.control.told == [] and "cont" not in bench.qemu.sent
 
 
 def test_a_primary_that_is_lost_before_the_first_epoch_is_not_asked_for(bench: Bench) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nova_ftvm.exception import GuestGone
+from nova_ftvm.exception import GuestGone, QemuError
 from nova_ftvm.host import note
 from nova_ftvm.host.guests import Guests
 from nova_ftvm.host.note import NoteFile
@@ -18,7 +18,7 @@ SERVER = "server"
 
 
 class Here(Guests):
-    """With a QEMU of the test's, and a libvirt that only resumes and destroys."""
+    """With a QEMU of the test's, and no libvirt."""
 
     def __init__(self, folder: Path, status: str) -> None:
         super().__init__(str(folder), (os.geteuid(), os.getegid()), "test:///")
@@ -27,8 +27,6 @@ class Here(Guests):
         self.qemu.answers["query-status"] = [{"status": status}]
         for query in ("qom-list", "query-chardev", "query-jobs", "query-named-block-nodes"):
             self.qemu.answers[query] = [[]]
-        self.done: list[str] = []
-        self.libvirt_is_away = False
 
     @contextlib.contextmanager
     def _monitor(self, instance_id: str) -> Iterator[Any]:
@@ -37,15 +35,7 @@ class Here(Guests):
         yield self.qemu
 
     def _libvirt(self, call: Callable[[Any], Any]) -> Any:
-        if self.libvirt_is_away:
-            raise GuestGone("libvirt cannot be reached")
-        return call(self)
-
-    # host.libvirt.Host, for `_libvirt`
-
-    def resume(self, instance_id: str) -> None:
-        self.done.append("resume")
-        self.qemu.answers["query-status"] = [{"status": "running"}]
+        raise GuestGone("libvirt cannot be reached")
 
     def note(self) -> None:
         NoteFile(self.folder(SERVER), "pair", 3, SERVER, os.getpid()).leave()
@@ -75,7 +65,6 @@ def test_a_guest_that_cannot_be_let_go_keeps_its_note(tmp_path: Path) -> None:
 def test_a_guest_that_is_destroyed_takes_its_note_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = Here(tmp_path, "running")
     here.note()
-    here.libvirt_is_away = True
     with pytest.raises(GuestGone):
         here.destroy(SERVER)
     assert here.noted
@@ -89,19 +78,19 @@ def test_a_guest_that_is_destroyed_takes_its_note_along(tmp_path: Path, monkeypa
 def test_a_guest_that_runs_is_promoted_and_announced(tmp_path: Path) -> None:
     here = Here(tmp_path, "running")
     assert here.finish_promotion(SERVER)
-    assert here.done == [] and here.qemu.sent[-1] == "announce-self"
+    assert "cont" not in here.qemu.sent and here.qemu.sent[-1] == "announce-self"
 
 
-def test_a_guest_that_has_its_checkpoint_is_resumed(tmp_path: Path) -> None:
+def test_a_guest_that_has_its_checkpoint_is_resumed_though_libvirt_is_away(tmp_path: Path) -> None:
     here = Here(tmp_path, "paused")
-    assert here.finish_promotion(SERVER) and here.done == ["resume"]
+    assert here.finish_promotion(SERVER) and here.qemu.sent[-2:] == ["cont", "announce-self"]
 
 
 @pytest.mark.parametrize("status", ["inmigrate", "guest-panicked", "shutdown"])
 def test_what_waits_for_its_checkpoint_or_has_ended_is_not_promoted(tmp_path: Path, status: str) -> None:
     here = Here(tmp_path, status)
     assert not here.finish_promotion(SERVER)
-    assert here.done == [] and "announce-self" not in here.qemu.sent
+    assert not {"cont", "announce-self"} & set(here.qemu.sent)
 
 
 def test_a_guest_that_is_gone_is_not_promoted(tmp_path: Path) -> None:
@@ -110,8 +99,15 @@ def test_a_guest_that_is_gone_is_not_promoted(tmp_path: Path) -> None:
     assert not here.finish_promotion(SERVER)
 
 
-def test_a_guest_that_libvirt_does_not_resume_is_told_as_such(tmp_path: Path) -> None:
+def test_a_guest_that_qemu_does_not_resume_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = Here(tmp_path, "paused")
-    here.libvirt_is_away = True
-    with pytest.raises(GuestGone):
+    answer = here.qemu.command
+
+    def refuses(command: str, **arguments: Any) -> Any:
+        if command == "cont":
+            raise QemuError(command, "no")
+        return answer(command, **arguments)
+
+    monkeypatch.setattr(here.qemu, "command", refuses)
+    with pytest.raises(QemuError):
         here.finish_promotion(SERVER)

@@ -3,7 +3,7 @@
 import pytest
 
 from nova_ftvm.conf import engine as engine_conf
-from nova_ftvm.core.policy import Measured, Policy, due, watches
+from nova_ftvm.core.policy import Measured, Policy, due, gathers, watches
 
 EPOCH_S = 0.05
 #: A step of the simulated time, shorter than anything that the policies tell apart.
@@ -121,6 +121,80 @@ def test_adaptive_leaves_the_guest_half_of_the_time_whatever_it_sends(pause_s: f
         guest.run(guest.now + pause_s / 4)
     paused = sum(guest.pause_s for _ in guest.checkpoints)
     assert 0.2 * guest.now < paused <= 0.5 * guest.now + pause_s
+
+
+class Service:
+    """Serves connections that ask again as soon as they are answered. The times are of a small guest under TCG."""
+
+    SERVICE_S, PAUSE_S, TO_STOP_S, TO_ACK_S, TURNAROUND_S = 256e-6, 2.2e-3, 0.9e-3, 1.6e-3, 0.5e-3
+
+    def __init__(self, connections: int, policy: Policy, epoch_s: float = EPOCH_S) -> None:
+        self.policy, self.epoch_s = policy, epoch_s
+        self.now = 0.0
+        self.seen = Measured(0.0, self.PAUSE_S)
+        self.answered = 0
+        self._queue = connections
+        self._arrivals: list[float] = []
+        self._served_at = 0.0
+        self._held = 0
+
+    def _run_until(self, end: float) -> None:
+        """The guest runs."""
+        while self.now < end:
+            self.now += STEP_S
+            while self._arrivals and self._arrivals[0] <= self.now:
+                self._arrivals.pop(0)
+                self._queue += 1
+            if self._queue and self.now >= self._served_at:
+                self._queue -= 1
+                self._served_at = self.now + self.SERVICE_S
+                self._held += 1
+                self.seen.output_last = self._served_at
+                self.seen.output_since = self.seen.output_since or self._served_at
+
+    def is_asleep(self) -> bool:
+        return not self._queue and self.now >= self._served_at
+
+    def _epoch(self) -> None:
+        while self.now < due(self.policy, self.epoch_s, self.seen):
+            self._run_until(self.now + STEP_S)
+            if watches(self.policy, self.seen):
+                self.seen.asleep_since = (self.seen.asleep_since or self.now) if self.is_asleep() else None
+        self._run_until(self.now + self.TO_STOP_S)
+        covered, self._held = self._held, 0
+        self.now += self.PAUSE_S
+        self._served_at += self.PAUSE_S
+        self.seen = Measured(self.now, self.PAUSE_S, gather_s=self.seen.gather_s)
+        self._run_until(self.now + self.TO_ACK_S)
+        self.seen.gather_s = gathers(self.seen, not self.is_asleep())
+        self._arrivals += [self.now + self.TURNAROUND_S] * covered
+        self.answered += covered
+
+    def rate(self, seconds: float = 0.6) -> float:
+        """Answers a second, once the policy has learned."""
+        while self.now < seconds:
+            self._epoch()
+        before, since = self.answered, self.now
+        while self.now < since + seconds:
+            self._epoch()
+        return (self.answered - before) / (self.now - since)
+
+
+@pytest.mark.parametrize("connections", [1, 8, 32, 64, 128])
+def test_adaptive_comes_near_to_the_best_that_a_chosen_length_could_do_whatever_the_load(connections: int) -> None:
+    best = max(Service(connections, Policy.FIXED, epoch_s).rate() for epoch_s in (0.002, 0.004, 0.006, 0.012, 0.024))
+    assert Service(connections, Policy.ADAPTIVE).rate() > 0.85 * best
+
+
+def test_a_guest_that_runs_dry_while_an_epoch_is_on_its_way_was_let_run_for_too_long() -> None:
+    seen = Measured(0.0, pause_s=0.002, gather_s=0.01)
+    assert gathers(seen, busy=False) < 0.01 < gathers(seen, busy=True)
+    for _ in range(1000):
+        seen.gather_s = gathers(seen, busy=False)
+    assert seen.gather_s == 0.0
+    for _ in range(1000):
+        seen.gather_s = gathers(seen, busy=True)
+    assert 0.02 < seen.gather_s < 0.1
 
 
 @pytest.mark.parametrize("policy", [Policy.EVENT, Policy.ADAPTIVE])

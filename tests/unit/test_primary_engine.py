@@ -270,6 +270,17 @@ def test_processors_are_looked_at_while_output_is_gathered(tmp_path: Path) -> No
     assert bench.loop.phase is Phase.STOPPING
 
 
+def test_the_policy_learns_whether_the_guest_ran_dry_before_its_epoch_was_acknowledged(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, dataclasses.replace(PACE, policy=Policy.ADAPTIVE))
+    learned = []
+    for is_asleep in (True, False):
+        bench.processors.is_asleep = is_asleep
+        bench.loop.on_filling()
+        bench.checkpoint()
+        learned.append(bench.loop._seen.gather_s)
+    assert learned[0] < learned[1]
+
+
 def test_an_acknowledgement_of_another_epoch_releases_nothing(bench: Bench) -> None:
     bench.checkpoint()
     bench.qemu.sent.clear()
