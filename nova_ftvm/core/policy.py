@@ -6,9 +6,11 @@
 
 A reply waits until the epoch that holds it is committed, so a checkpoint is late as soon as output waits, and is work
 for nothing before. `adaptive` gathers: while a processor of the guest is busy, more output may come that the same
-checkpoint carries; when all sleep, the guest has said what it had to say, and to stop it costs nothing. Two bounds
-keep it from the extremes: between two pauses the guest has its share of the time, and output never waits for long. A
-busy guest that sends no more for a while works at something else: one reply beside it does not wait for company.
+checkpoint carries; when all sleep, the guest has said what it had to say, and to stop it costs nothing. But a guest
+that is let run until it has nothing more to do waits for the commit, its clients with it; so how long to gather is
+learned (`gathers`): less if it slept when its epoch was acknowledged, more if it still had work. Two bounds keep it
+from the extremes: between two pauses the guest has its share of the time, and output never waits for long. A busy
+guest that sends no more for a while works at something else: one reply beside it does not wait for company.
 """
 
 import dataclasses
