@@ -68,20 +68,11 @@ def compress(numbers: np.ndarray) -> np.ndarray:
 
 
 def split(runs: np.ndarray, most_pages: int) -> list[np.ndarray]:
-    """The same pages in the same order, in lists of runs of at most `most_pages` pages each."""
+    """The same pages, ascending, in lists of runs of at most `most_pages` pages each."""
     if count(runs) <= most_pages:
         return [runs] if len(runs) else []
-    short = [(first + done, min(most_pages, length - done))
-             for first, length in runs.tolist() for done in range(0, length, most_pages)]
-    parts: list[list[tuple[int, int]]] = []
-    room = 0
-    for first, length in short:
-        if length > room:
-            parts.append([])
-            room = most_pages
-        parts[-1].append((first, length))
-        room -= length
-    return [np.array(part, np.uint32) for part in parts]
+    numbers = expand(runs)
+    return [compress(numbers[start:start + most_pages]) for start in range(0, len(numbers), most_pages)]
 
 
 def parts(pages: Pages, most_pages: int) -> Iterator[Pages]:

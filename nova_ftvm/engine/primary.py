@@ -183,7 +183,8 @@ class PrimaryEngine:
                 self._finish_checkpoint()
                 self._do(self._loop.on_checkpoint_failed(self._talk.current.failure, self._clock()))
             elif event is GuestEvent.MIRROR_OVER:
-                self._lose_hold(self._talk.lost_mirror)
+                if self._disks.open:  # Else it is we who ended it.
+                    self._lose_hold(self._talk.lost_mirror)
             elif event is GuestEvent.SHUTDOWN:
                 self._control.report("guest_shutdown")
                 self._do(self._loop.on_guest_shutdown())
@@ -388,6 +389,7 @@ class PrimaryEngine:
         if self._disks.open:
             if self._disks in self._selector.get_map():
                 self._selector.unregister(self._disks)
+            self._watchdog.arm(_ASKING_SLACK_S)
             self._disks.close()
 
     # The link

@@ -7,6 +7,8 @@ migration with non-shared storage. Why so: doc/source/contributor/decisions/own-
 
 import contextlib
 import hashlib
+import logging
+import math
 import os
 import select
 import struct
@@ -21,9 +23,13 @@ from nova_ftvm.host import qmp
 from nova_ftvm.host.nbd import NbdClient, NbdServer
 from nova_ftvm.types import Disk
 
+LOG = logging.getLogger(__name__)
+
 #: Jobs and nodes of all engines, this one's, and exports. What a dead engine left is not this one's.
 _MIRRORS = "ftvm-disk-"
 _MIRROR = f"{_MIRRORS}{os.getpid()}-"
+#: The id of what asks for their end.
+_END = "end"
 _REPLICA = "ftvm-replica-"
 
 _PIECE_BYTES = 1 << 20
@@ -35,6 +41,10 @@ _SAMPLE_BYTES, _SAMPLES = 1 << 16, 256
 _QCOW2 = struct.Struct(">4sIQIIQIIQ")
 _QCOW2_MAGIC = b"QFI\xfb"
 
+#: Since then a mirror's copy mode can be changed.
+_CHANGES_MODE = (8, 2)
+#: For mirrors to end in order: for the writes that are under way, on whatever disk.
+_END_S = 0.5
 _REMOVE_S = 2.0
 _POLL_S = 0.002
 
@@ -136,7 +146,26 @@ class AttendedMonitor(qmp.Monitor):
     def ignore(self) -> None:
         self._beside = None
 
+    def have_come(self, wanted: Callable[[qmp.Message], bool], number: int, timeout_s: float) -> bool:
+        """Waits for so many messages of a kind. They, and all others, are kept for `receive`."""
+        deadline = self._clock() + timeout_s
+        while sum(map(wanted, self._waiting)) < number:
+            if not self._comes(deadline):
+                return False
+            self._fill()
+        return True
+
     def _wait(self, events: int, deadline: float) -> None:
+        self._serve_until(events, deadline)
+        super()._wait(events, deadline)
+
+    def _comes(self, deadline: float) -> bool:
+        """Does QEMU say something before that?"""
+        self._serve_until(select.POLLIN, deadline)
+        return bool(select.select([self], [], [], max(0.0, deadline - self._clock()))[0])
+
+    def _serve_until(self, events: int, deadline: float) -> None:
+        """Until QEMU is ready for that, or the time is over, or nothing is to be served."""
         while self._beside is not None:
             door, serve = self._beside
             poll = select.poll()
@@ -145,9 +174,8 @@ class AttendedMonitor(qmp.Monitor):
             left = deadline - self._clock()
             ready = [fd for fd, _ in poll.poll(max(0.0, left) * 1000)]
             if not ready or self.fileno() in ready or left <= 0:
-                break
+                return
             serve()
-        super()._wait(events, deadline)
 
 
 class DiskMirror:
@@ -163,6 +191,12 @@ class DiskMirror:
         self._speed = speed_bytes_s
         self._server = NbdServer(socket_path, owner, monitor.pid, disks, max_request)
         self._mirrored = [number for number, disk in enumerate(disks) if not disk.read_only]
+        #: Jobs that make the guest's writes wait for us.
+        self._blocking: set[str] = set()
+        #: Bytes that a job had to copy when it began.
+        self._whole: dict[str, int] = {}
+        #: Is each write followed?
+        self._following = False
 
     def fileno(self) -> int:
         return self._server.fileno()
@@ -171,6 +205,9 @@ class DiskMirror:
         """As ports.Mirror says. Raises InTheWay for a disk that QEMU does not mirror; `remove` also then."""
         remove_mirrors(self._monitor)
         self._monitor.attend(self._server, self._attend)
+        version = self._monitor.command("query-version")["qemu"]
+        if (version["major"], version["minor"]) < _CHANGES_MODE:
+            self._blocking = {f"{_MIRROR}{number}" for number in self._mirrored}
         try:
             # Within blockdev-add QEMU waits for our greeting.
             for number in self._mirrored:
@@ -185,8 +222,11 @@ class DiskMirror:
     def progress(self) -> tuple[int, int, bool]:
         jobs = [job for job in self._monitor.command("query-block-jobs") if job["device"].startswith(_MIRROR)]
         # QEMU tells "actively-synced" since 8.2; before, a job with our copy mode that is ready is just that.
+        for job in jobs:
+            self._block_when_copied(job)
         following = sum(job["ready"] and job.get("actively-synced", True) for job in jobs)
-        return (sum(job["offset"] for job in jobs), sum(job["len"] for job in jobs), following == len(self._mirrored))
+        self._following = following == len(self._mirrored)
+        return sum(job["offset"] for job in jobs), sum(job["len"] for job in jobs), self._following
 
     def receive(self) -> list[DiskWrite]:
         return self._server.receive()
@@ -195,11 +235,43 @@ class DiskMirror:
         self._server.confirm()
 
     def close(self) -> None:
+        if self._following:
+            self._following = False
+            with contextlib.suppress(GuestGone):
+                self._end_in_order()
         self._monitor.ignore()
         self._server.close()
 
     def remove(self) -> None:
         remove_mirrors(self._monitor, _MIRROR)
+
+    def _block_when_copied(self, job: dict[str, Any]) -> None:
+        """From now on the guest's writes wait for us, which also makes an end of the copy for a guest that writes much.
+
+        Not before: when a mirror fails, QEMU frees what a write that waits is still to use (doc/source/contributor/
+        decisions/mirrors-end-in-order.rst), and a first copy may fail because of the backup.
+        """
+        name = job["device"]
+        if name in self._blocking:
+            return
+        if job["len"]:
+            self._whole.setdefault(name, job["len"])
+        if job["ready"] or job["offset"] >= self._whole.get(name, math.inf):
+            self._blocking.add(name)
+            with contextlib.suppress(QemuError):  # It ended just now, and is told as lost.
+                self._monitor.command("block-job-change", id=name, type="mirror", copy_mode="write-blocking")
+
+    def _end_in_order(self) -> None:
+        """A mirror that is asked to end when it is complete waits for all writes first; until then we answer them."""
+        self._attend()
+        for number in self._mirrored:
+            self._monitor.send(qmp.encode("block-job-cancel", {"device": f"{_MIRROR}{number}"}, _END))
+
+        def is_over(message: qmp.Message) -> bool:
+            return bool(ended_mirror(message)) or (message.get("id") == _END and "error" in message)
+
+        if not self._monitor.have_come(is_over, len(self._mirrored), _END_S):
+            LOG.warning("QEMU did not end the mirrors within %g s: they are cut off", _END_S)
 
     def _attend(self) -> None:
         try:
@@ -214,8 +286,10 @@ class DiskMirror:
                 "detect-zeroes": "unmap", "server": {"type": "unix", "path": self._socket_path}}
 
     def _job(self, number: int, shallow: bool) -> dict[str, Any]:
-        return {"job-id": f"{_MIRROR}{number}", "device": self.disks[number].node, "target": f"{_MIRROR}{number}",
-                "sync": "top" if shallow else "full", "copy-mode": "write-blocking", "speed": self._speed,
+        name = f"{_MIRROR}{number}"
+        return {"job-id": name, "device": self.disks[number].node, "target": name,
+                "sync": "top" if shallow else "full", "speed": self._speed,
+                "copy-mode": "write-blocking" if name in self._blocking else "background",
                 "on-source-error": "report", "on-target-error": "report"}
 
 

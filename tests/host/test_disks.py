@@ -348,6 +348,48 @@ def test_a_closed_mirror_frees_the_guest_and_leaves_nothing(shape: Shape, boot: 
     assert read(image, tmp_path)[:8 * MIB] == b"\x07" * 4 * MIB + b"\x08" * 4 * MIB
 
 
+def test_a_mirror_that_is_followed_is_ended_and_not_hung_up_on(boot: Boot, tmp_path: Path) -> None:
+    """QEMU would use memory that it has freed, if writes were under way."""
+    with followed(boot(place(tmp_path, QCOW2).arguments())) as primary:
+        primary.follow()
+        for number in range(8):
+            primary.begin(f"aio_write -P 7 {number}M 1M")
+        wait_for("some are told", lambda: primary.mirror.receive())
+        primary.mirror.close()
+        assert not primary.jobs(), "it ended before the connection did"
+        said = [*filter(None, map(ended_mirror, primary.monitor.receive()))]
+        assert said == ["the mirror of a disk ended: somebody completed it"]
+        primary.mirror.remove()
+        assert not primary.nodes()
+
+
+def test_the_first_copy_makes_no_write_of_the_guest_wait(boot: Boot, tmp_path: Path) -> None:
+    with followed(boot(place(tmp_path, RAW).arguments()), speed=MIB) as primary:
+        primary.mirror.start(())
+        primary.serve()
+        primary.begin("write -P 7 0 1M")
+        wait_for("it is done, though nobody listens", primary.ended)
+        assert not primary.mirror.progress()[2]
+        primary.mirror.close()
+        primary.mirror.remove()
+        assert not primary.jobs() and not primary.nodes()
+
+
+def test_a_guest_that_writes_all_the_time_is_followed_after_one_pass_over_its_disk(boot: Boot, tmp_path: Path) -> None:
+    with followed(boot(place(tmp_path, RAW).arguments()), speed=64 * MIB) as primary:
+        primary.mirror.start(())
+        numbers = itertools.count()
+        primary.begin("write -P 7 0 1M")
+
+        def is_followed() -> bool:
+            primary.serve()
+            if primary.ended():
+                primary.begin(f"write -P 7 {next(numbers) % 8}M 1M")
+            return primary.mirror.progress()[2]
+
+        wait_for("the mirrors follow", is_followed, pause_s=0.001)
+
+
 def test_an_idle_mirror_is_removed_as_well(boot: Boot, tmp_path: Path) -> None:
     with followed(boot(place(tmp_path, QCOW2).arguments())) as primary:
         primary.follow()
@@ -382,6 +424,8 @@ def test_what_a_dead_engine_left_is_replaced_and_its_end_is_not_ours(boot: Boot,
         with monkeypatch.context() as dead:
             dead.setattr(host_disks, "_MIRROR", "ftvm-disk-0-")
             primary.follow()
+            # It dies, and has no time to end anything.
+            primary.mirror._following = False
             primary.mirror.close()
         left = primary.jobs()
         again = Primary(primary.qemu, primary.monitor)
