@@ -114,10 +114,7 @@ if stale debian lab/ftvm_lab/debian.py lab/ftvm_lab/debian_root lab/ftvm_lab/gue
 fi
 if stale product pyproject.toml setup.cfg setup.py nova_ftvm nova etc; then
     say "installing nova_ftvm"
-    export PBR_VERSION=${PBR_VERSION:-0.0.1}
-    install_tree .
-    # For what runs in the tree: tests and benchmarks.
-    "$PYTHON" setup.py -q build_ext --inplace --build-temp build/words 2> build/words.log
+    PBR_VERSION=${PBR_VERSION:-0.0.1} install_tree .
     fresh product
 fi
 say "ready"

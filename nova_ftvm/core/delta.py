@@ -15,14 +15,16 @@ import dataclasses
 
 import numpy as np
 
-from nova_ftvm.core import dirty, words
+from nova_ftvm.core import dirty
 from nova_ftvm.exception import ProtocolError
+from nova_ftvm.types import PAGE
 
 #: Pages that are remembered, on both sides: 16 MiB. Part of the protocol.
 PLACES = 1 << 12
 #: Pages that are looked at together: what that takes stays in the processor's cache.
 AT_ONCE = 256
-MASK_BYTES = words.MASK_BYTES
+_WORDS = PAGE // 8
+MASK_BYTES = _WORDS // 8
 #: Blocks of RAM are kept apart in the places by so many pages.
 _BLOCK_STEP = 4099
 _NOBODY = -1
@@ -67,26 +69,27 @@ class Memory:
     def __init__(self, places: int = PLACES) -> None:
         self._keys = np.full(places, _NOBODY, np.int64)
         # Filled, so that the kernel gives the memory here and now, and not within an epoch.
-        self._pages = np.full((places, words.WORDS), 0, np.uint64)
+        self._pages = np.full((places, _WORDS), 0, np.uint64)
 
     def shrink(self, pages: dirty.Pages) -> Delta:
         """`pages` in ascending order, as a capture gives them."""
         numbers = dirty.expand(pages.runs)
-        keys, places, known = self._look_up(pages.block, numbers)
-        new = pages.contents.view(np.uint64).reshape(-1, words.WORDS)
-        sent, masks, changed = words.shrink(new, self._pages, places, known)
+        keys, places, known, old = self._recall(pages.block, numbers)
+        new = pages.contents.view(np.uint64).reshape(-1, _WORDS)
+        changed = new != old
+        sent = ~known | changed.any(axis=1)
         # Only what is sent: of anything else the other side cannot know that it was here.
-        self._keys[places[sent]] = keys[sent]
-        return Delta(pages.block, dirty.compress(numbers[sent]), masks, changed)
+        self._remember(keys[sent], places[sent], new[sent])
+        return Delta(pages.block, dirty.compress(numbers[sent]), np.packbits(changed[sent], axis=1), new[changed])
 
     def grow(self, delta: Delta) -> dirty.Pages:
         """The pages whole. Raises ProtocolError, with nothing changed, when the words do not fit the masks."""
-        keys, places, known = self._look_up(delta.block, dirty.expand(delta.runs))
-        try:
-            pages = words.grow(delta.masks, delta.words, self._pages, places, known)
-        except ValueError as error:
-            raise ProtocolError(f"{len(delta.words)} changed words do not fit their masks: {error}") from error
-        self._keys[places] = keys
+        changed = np.unpackbits(delta.masks, axis=1).view(bool)
+        if np.count_nonzero(changed) != len(delta.words):
+            raise ProtocolError(f"{len(delta.words)} changed words for masks that name {np.count_nonzero(changed)}")
+        keys, places, _, pages = self._recall(delta.block, dirty.expand(delta.runs))
+        pages[changed] = delta.words
+        self._remember(keys, places, pages)
         return dirty.Pages(delta.block, delta.runs, pages.view(np.uint8).reshape(-1))
 
     def forget(self, pages: dirty.Pages) -> None:
@@ -95,13 +98,21 @@ class Memory:
         places = self._places(pages.block, numbers)
         self._keys[places[self._keys[places] == _keys(pages.block, numbers)]] = _NOBODY
 
-    def _look_up(self, block: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(keys, places, which are remembered there)."""
+    def _recall(self, block: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(keys, places, which are remembered, their contents as they were, zero for the others)."""
         keys, places = _keys(block, numbers), self._places(block, numbers)
-        return keys, places, self._keys[places] == keys
+        known = self._keys[places] == keys
+        contents = self._pages[places]
+        contents[~known] = 0
+        return keys, places, known, contents
 
     def _places(self, block: int, numbers: np.ndarray) -> np.ndarray:
         return (numbers + block * _BLOCK_STEP) % len(self._keys)
+
+    def _remember(self, keys: np.ndarray, places: np.ndarray, contents: np.ndarray) -> None:
+        # Of two pages with one place the later stays: numpy assigns in order.
+        self._keys[places] = keys
+        self._pages[places] = contents
 
 
 def _keys(block: int, numbers: np.ndarray) -> np.ndarray:

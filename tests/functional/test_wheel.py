@@ -36,11 +36,6 @@ def test_the_wheel_has_the_door_and_no_nova_of_its_own(wheel):
     assert names == ["nova/virt/ftvm/__init__.py"]
 
 
-def test_the_wheel_has_what_is_written_in_c(wheel):
-    with zipfile.ZipFile(wheel) as archive:
-        assert any(name.startswith("nova_ftvm/core/_words.") and name.endswith(".so") for name in archive.namelist())
-
-
 def test_the_metadata_definitions_are_installed_for_glance(wheel):
     with zipfile.ZipFile(wheel) as archive:
         found = sorted(name.rsplit("/", 1)[1] for name in archive.namelist() if "/etc/nova-ftvm/metadefs/" in name)

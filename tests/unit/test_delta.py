@@ -2,24 +2,15 @@
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nova_ftvm.core import delta, dirty, words
+from nova_ftvm.core import delta, dirty
 from nova_ftvm.exception import ProtocolError
 from nova_ftvm.types import PAGE
 
 #: So few that pages push one another out all the time.
 PLACES = 5
-
-
-@pytest.fixture(autouse=True, params=["native", "numpy"])
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of core/words.py."""
-    if request.param == "numpy":
-        monkeypatch.setattr(words, "native", None)
-    elif words.native is None:
-        pytest.skip("nova_ftvm.core._words is not built: make setup")
 
 
 def pages(numbers: list[int], values: list[int], block: int = 0) -> dirty.Pages:
@@ -33,7 +24,7 @@ def pages(numbers: list[int], values: list[int], block: int = 0) -> dirty.Pages:
 EPOCH = st.tuples(st.integers(0, 2), st.dictionaries(st.integers(0, 12), st.integers(0, 3), min_size=1, max_size=10))
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None)
 @given(st.lists(EPOCH, max_size=30))
 def test_the_other_side_has_the_same_guest_after_each_epoch(epochs: list[tuple[int, dict[int, int]]]) -> None:
     ours, theirs = delta.Memory(PLACES), delta.Memory(PLACES)
