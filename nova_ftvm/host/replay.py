@@ -27,6 +27,7 @@ class Replay:
 
     def replay(self, heard: Mapping[bytes, bytes], said: Mapping[bytes, bytes]) -> None:
         """heard: to the guest, said: from it; by interface, as QEMU frames packets."""
+        LOG.info("said once more: %d bytes to the guest, %d from it", _size(heard), _size(said))
         try:
             for packets, kind, queue in ((heard, netfilter.HEARD, "tx"), (said, netfilter.SAID, "rx")):
                 for mac, framed in packets.items():
@@ -46,3 +47,7 @@ class Replay:
                     time.sleep(_TAKEN_STEP_S)
             finally:
                 netfilter.drop(self._monitor, kind, netdev)
+
+
+def _size(packets: Mapping[bytes, bytes]) -> int:
+    return sum(map(len, packets.values()))
