@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,13 @@ from tests.host.protection import protected
 
 SHAPES = [{"machine_type": "pc", "vcpus": 1}, {"machine_type": "q35", "vcpus": 2}]
 IDS = ["pc-1-vcpu", "q35-2-vcpus"]
+
+
+def start(launch: Launch, network: Network, **shape: Any) -> tuple[Qemu, Qemu, Session]:
+    """A primary that serves, its standby, and a client."""
+    primary, standby = launch("p", work=CHURN, **shape), launch("b", work=CHURN, **shape, standby=True)
+    primary.await_boot()
+    return primary, standby, Session(network)
 
 
 def goes_on(guest: Qemu, session: Session, unanswered: bytes) -> None:
@@ -28,9 +36,7 @@ def goes_on(guest: Qemu, session: Session, unanswered: bytes) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
 def test_a_connection_and_its_state_survive_the_death_of_the_primarys_qemu(shape: dict, launch: Launch,
                                                                           network: Network) -> None:
-    primary, standby = launch("p", work=CHURN, **shape), launch("b", work=CHURN, **shape, standby=True)
-    primary.await_boot()
-    session = Session(network)
+    primary, standby, session = start(launch, network, **shape)
     with protected(primary, standby) as pair:
         session.exchange(20)
         unanswered = session.send()
@@ -46,9 +52,7 @@ def test_a_connection_and_its_state_survive_the_death_of_the_primarys_qemu(shape
 
 def test_a_torn_epoch_is_never_promoted(launch: Launch, network: Network) -> None:
     """The engine dies half-way through shipping, the guest with it: the last whole epoch goes on."""
-    primary, standby = launch("p", work=CHURN), launch("b", work=CHURN, standby=True)
-    primary.await_boot()
-    session = Session(network)
+    primary, standby, session = start(launch, network)
     with protected(primary, standby, primary_fault="shipped-half:kill:40") as pair:
         while True:
             unanswered = session.send()
@@ -74,9 +78,7 @@ def patient(network: Network) -> Iterator[None]:
 @pytest.mark.usefixtures("patient")
 def test_what_was_under_way_when_the_host_died_arrives_though_nobody_sends_it_again(launch: Launch,
                                                                                   network: Network) -> None:
-    primary, standby = launch("p", work=CHURN), launch("b", work=CHURN, standby=True)
-    primary.await_boot()
-    session = Session(network)
+    primary, standby, session = start(launch, network)
     with protected(primary, standby) as pair:
         session.exchange(20)
         # From now on nothing is acknowledged: an epoch is on its way, with the first request, and the guest runs on.
@@ -98,9 +100,7 @@ def test_what_was_under_way_when_the_host_died_arrives_though_nobody_sends_it_ag
 
 def test_silence_alone_asks_and_without_an_answer_nothing_is_promoted(launch: Launch, network: Network) -> None:
     """A primary that is stopped as a whole host would be: the backup asks again and again, and stays a standby."""
-    primary, standby = launch("p", work=CHURN), launch("b", work=CHURN, standby=True)
-    primary.await_boot()
-    session = Session(network)
+    primary, standby, session = start(launch, network)
     with protected(primary, standby, hold_limit_ms=20000.0) as pair:
         session.exchange(5)
         primary.process.send_signal(signal.SIGSTOP)
@@ -119,9 +119,7 @@ def test_silence_alone_asks_and_without_an_answer_nothing_is_promoted(launch: La
 
 def test_a_handed_over_guest_goes_on_in_its_backup_and_its_old_self_is_never_heard(launch: Launch,
                                                                                    network: Network) -> None:
-    primary, standby = launch("p", work=CHURN), launch("b", work=CHURN, standby=True)
-    primary.await_boot()
-    session = Session(network)
+    primary, standby, session = start(launch, network)
     with protected(primary, standby) as pair:
         session.exchange(20)
         pair.primary.order("hand_over")
@@ -140,9 +138,7 @@ def test_a_handed_over_guest_goes_on_in_its_backup_and_its_old_self_is_never_hea
 
 
 def test_a_backup_that_may_not_take_the_guest_leaves_it_where_it_was(launch: Launch, network: Network) -> None:
-    primary, standby = launch("p", work=CHURN), launch("b", work=CHURN, standby=True)
-    primary.await_boot()
-    session = Session(network)
+    primary, standby, session = start(launch, network)
     with protected(primary, standby) as pair:
         session.exchange(20)
         unanswered = session.send()
