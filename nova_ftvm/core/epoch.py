@@ -170,6 +170,11 @@ class EpochLoop:
         """Should somebody look at them, and say so?"""
         return self.phase is Phase.RUNNING and policy.watches(self._pace.policy, self._seen)
 
+    @property
+    def learns_from_processors(self) -> bool:
+        """Should somebody look at them at each release, and say so (`on_released`)?"""
+        return policy.learns(self._pace.policy)
+
     def on_released(self, asleep: bool) -> None:
         """Did the guest's processors sleep when the last epoch's output left?"""
         self._seen.gather_s = policy.gathers(self._seen, not asleep)

@@ -77,13 +77,18 @@ def due(policy: Policy, epoch_s: float, seen: Measured) -> float:
                    seen.output_since + _within(_GATHER_PAUSES * seen.pause_s, _GATHER_S), lull)
     if seen.asleep_since is not None:
         gathered = min(gathered, seen.asleep_since + _ASLEEP_S)
-    return min(max(gathered, seen.resumed + min(_SHARE * seen.pause_s, seen.gather_s)), quiet)
+    return min(max(gathered, seen.resumed + _SHARE * seen.pause_s), quiet)
 
 
 def gathers(seen: Measured, busy: bool) -> float:
     """What `Measured.gather_s` should be from now on; told when an epoch is released."""
     step = _MORE_PAUSES if busy else -_LESS_PAUSES
     return _within(min(seen.gather_s, _GATHER_S[1]) + step * seen.pause_s, (0.0, _GATHER_S[1]))
+
+
+def learns(policy: Policy) -> bool:
+    """Does it matter whether they sleep when an epoch is released?"""
+    return policy is Policy.ADAPTIVE
 
 
 def watches(policy: Policy, seen: Measured) -> bool:

@@ -16,6 +16,7 @@ from nova_ftvm import ports
 from nova_ftvm.core import wire
 from nova_ftvm.core.disk import DiskWrite
 from nova_ftvm.core.epoch import OVER, PAUSED, Act, Acts, EpochLoop, Phase
+from nova_ftvm.core.packets import Packets
 from nova_ftvm.engine.capture import Conversation, GuestEvent
 from nova_ftvm.engine.diskstream import DiskStream
 from nova_ftvm.engine.faults import Fault, trip
@@ -220,7 +221,8 @@ class PrimaryEngine:
         self._do(acts)
         if acts:
             self._stats.committed()
-            self._loop.on_released(self._processors.asleep())
+            if self._loop.learns_from_processors:
+                self._loop.on_released(self._processors.asleep())
 
     def _on_disks(self) -> None:
         if not self._disks.may_read(self._loop.phase, self._link.queued):
@@ -316,7 +318,7 @@ class PrimaryEngine:
         checkpoint = self._talk.current
         shipped = self._freight.commit(self._loop.epoch, checkpoint)
         for packets in self._buffers.covered():
-            self._send(wire.encode_packets(wire.Kind.SAID, self._generation, self._loop.epoch, packets))
+            self._tell(wire.Kind.SAID, self._loop.epoch, packets)
         trip(Fault.SHIPPED)
         self._stats.shipped(checkpoint, shipped)
 
@@ -340,7 +342,13 @@ class PrimaryEngine:
         covered_by = Epoch(self._loop.epoch + 1)
         for packets in self._buffers.overheard():
             if self._link.idle:
-                self._send(wire.encode_packets(wire.Kind.HEARD, self._generation, covered_by, packets))
+                self._tell(wire.Kind.HEARD, covered_by, packets)
+
+    def _tell(self, kind: wire.Kind, epoch: Epoch, packets: Packets) -> None:
+        """What is longer than the backup takes at once is not worth to be told."""
+        frame = wire.encode_packets(kind, self._generation, epoch, packets)
+        if sum(map(len, frame)) <= self._limit:
+            self._send(frame)
 
     # The first copy
 

@@ -152,7 +152,10 @@ class AttendedMonitor(qmp.Monitor):
         while sum(map(wanted, self._waiting)) < number:
             if not self._comes(deadline):
                 return False
+            known = len(self._waiting), self._rest
             self._fill()
+            if known == (len(self._waiting), self._rest):
+                return False  # QEMU has closed it, which is told once all else is received.
         return True
 
     def _wait(self, events: int, deadline: float) -> None:
@@ -221,9 +224,9 @@ class DiskMirror:
 
     def progress(self) -> tuple[int, int, bool]:
         jobs = [job for job in self._monitor.command("query-block-jobs") if job["device"].startswith(_MIRROR)]
-        # QEMU tells "actively-synced" since 8.2; before, a job with our copy mode that is ready is just that.
         for job in jobs:
             self._block_when_copied(job)
+        # QEMU tells "actively-synced" since 8.2; before, a job with our copy mode that is ready is just that.
         following = sum(job["ready"] and job.get("actively-synced", True) for job in jobs)
         self._following = following == len(self._mirrored)
         return sum(job["offset"] for job in jobs), sum(job["len"] for job in jobs), self._following

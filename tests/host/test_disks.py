@@ -400,6 +400,15 @@ def test_an_idle_mirror_is_removed_as_well(boot: Boot, tmp_path: Path) -> None:
         assert not primary.jobs() and not primary.nodes()
 
 
+def test_nobody_waits_for_a_qemu_that_has_ended_though_it_had_something_to_say(boot: Boot, tmp_path: Path) -> None:
+    with followed(boot(place(tmp_path, QCOW2).arguments())) as primary:
+        primary.follow()
+        primary.qemu.operator.command("stop")
+        assert primary.monitor.have_come(lambda message: message.get("event") == "STOP", 1, 10.0)
+        primary.qemu.kill()
+        assert not primary.monitor.have_come(lambda message: False, 1, 3600.0)
+
+
 def test_a_cancelled_mirror_is_told_of(boot: Boot, tmp_path: Path) -> None:
     with followed(boot(place(tmp_path, QCOW2).arguments())) as primary:
         primary.follow()

@@ -316,6 +316,22 @@ def test_what_a_guest_has_said_can_be_said_again(guest: Qemu, buffer: OutputBuff
     assert filters(monitor) == []
 
 
+@pytest.mark.parametrize(("kind", "queue"), [(netfilter.HEARD, "tx"), (netfilter.SAID, "rx")])
+def test_a_replay_that_died_half_way_hinders_nobody_and_goes_with_the_next_protection(
+        kind: str, queue: str, guest: Qemu, monitor: qmp.Monitor, network: Network, knocker: Knocker,
+        listener: Listener) -> None:
+    ours, theirs = netfilter.pair(1 << 16)
+    (netdev,) = netfilter.interfaces(monitor)
+    netfilter.add(monitor, kind, netdev, theirs, type="filter-redirector", queue=queue, way="indev")
+    # Half a packet, and the end of the engine.
+    ours.sendall((100).to_bytes(4, "big") + bytes(10))
+    ours.close()
+    knocker.knock()
+    assert knocker.is_refused() and listener.hear(0.3)
+    netfilter.remove(monitor, [netdev])
+    assert filters(monitor) == []
+
+
 def test_much_is_not_worth_to_be_told(guest: Qemu, buffer: OutputBuffer, network: Network) -> None:
     """Whoever sends so much is not waiting for one reply."""
     flood = network.socket(socket.SOCK_DGRAM)

@@ -1,9 +1,11 @@
 """core/policy.py: when the next checkpoint is due, on a clock of the test's own."""
 
+import math
+
 import pytest
 
 from nova_ftvm.conf import engine as engine_conf
-from nova_ftvm.core.policy import Measured, Policy, due, gathers, watches
+from nova_ftvm.core.policy import Measured, Policy, due, gathers, learns, watches
 
 EPOCH_S = 0.05
 #: A step of the simulated time, shorter than anything that the policies tell apart.
@@ -13,12 +15,13 @@ STEP_S = 50e-6
 class Guest:
     """Sends at given times, and its processors are busy at others; a checkpoint stops it for `pause_s`."""
 
-    def __init__(self, policy: Policy, pause_s: float = 0.004) -> None:
+    def __init__(self, policy: Policy, pause_s: float = 0.004, gather_s: float = math.inf) -> None:
         self.policy = policy
+        self.gather_s = gather_s
         self.pause_s = pause_s
         self.now = 0.0
         self.busy_until = 0.0
-        self.seen = Measured(0.0, pause_s)
+        self.seen = Measured(0.0, pause_s, gather_s=gather_s)
         self.checkpoints: list[float] = []
         #: How long each output waited for a checkpoint.
         self.waits: list[float] = []
@@ -46,7 +49,7 @@ class Guest:
         self._sent = []
         self.now += self.pause_s
         self.busy_until += self.pause_s
-        self.seen = Measured(self.now, self.pause_s)
+        self.seen = Measured(self.now, self.pause_s, gather_s=self.gather_s)
 
 
 def test_fixed_keeps_to_its_clock_whatever_is_sent() -> None:
@@ -113,9 +116,11 @@ def test_adaptive_lets_no_output_of_a_busy_guest_wait_for_long() -> None:
     assert sum(guest.pause_s for _ in guest.checkpoints) < 0.2 * guest.now, "the pause is a small part of the time"
 
 
+@pytest.mark.parametrize("gather_s", [0.0, math.inf])
 @pytest.mark.parametrize("pause_s", [0.002, 0.02, 0.2])
-def test_adaptive_leaves_the_guest_half_of_the_time_whatever_it_sends(pause_s: float) -> None:
-    guest = Guest(Policy.ADAPTIVE, pause_s)
+def test_adaptive_leaves_the_guest_half_of_the_time_whatever_it_sends_and_it_has_learned(pause_s: float,
+                                                                                         gather_s: float) -> None:
+    guest = Guest(Policy.ADAPTIVE, pause_s, gather_s)
     for _ in range(200):
         guest.send()
         guest.run(guest.now + pause_s / 4)
@@ -223,3 +228,4 @@ def test_nobody_looks_at_processors_that_do_not_matter() -> None:
     talking, silent = Measured(0.0, 0.0, output_since=1.0), Measured(0.0)
     assert [watches(policy, talking) for policy in Policy] == [False, False, True]
     assert not any(watches(policy, silent) for policy in Policy)
+    assert [policy for policy in Policy if learns(policy)] == [Policy.ADAPTIVE]

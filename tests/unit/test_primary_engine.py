@@ -207,6 +207,17 @@ def test_the_backup_is_told_what_its_guest_would_not_have_heard_and_what_may_not
     assert told(bench) == [("HEARD", 3, CAME)]
 
 
+def test_packets_that_are_more_than_a_frame_takes_are_not_told(bench: Bench) -> None:
+    bench.checkpoint()
+    bench.engine._loop._pace = dataclasses.replace(PACE, epoch_s=100.0)
+    room = LIMIT - wire.HEADER_BYTES - len(CAME.mac)
+    for length, kinds in ((room, ["HEARD"]), (room + 1, [])):
+        bench.buffers.came.append(Packets(CAME.mac, bytes(length)))
+        bench.clock.now += 0.01
+        bench.turn()
+        assert [kind for kind, _, _ in told(bench)] == kinds
+
+
 def test_a_beat_tells_the_last_epoch_whose_output_has_left(bench: Bench) -> None:
     def beats() -> set[int]:
         bench.clock.now += 0.002
