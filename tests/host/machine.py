@@ -31,6 +31,7 @@ import numpy as np
 from nova_ftvm.conf import engine as engine_conf
 from nova_ftvm.core import dirty
 from nova_ftvm.engine.faults import TRIPPED
+from nova_ftvm.exception import GuestGone
 from nova_ftvm.host import netfilter, procmem, qmp
 from nova_ftvm.host.disks import AttendedMonitor
 from nova_ftvm.types import PAGE, RamBlock
@@ -260,8 +261,7 @@ class Qemu:
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=(folder / "qemu.log").open("wb"), cwd=folder,
             preexec_fn=leave_a_core)
         try:
-            wait_for("QEMU's monitors", lambda: self._has_monitors())
-            self.operator = qmp.Monitor(f"{folder}/operator.sock", timeout_s=20.0)
+            self.operator = wait_for("QEMU's monitors", self._operator)
         except BaseException:
             self.kill()
             raise
@@ -346,8 +346,13 @@ class Qemu:
                                    capture_output=True, text=True, check=False).stdout[-20_000:]
         return said
 
-    def _has_monitors(self) -> bool:
-        return self._lives() and all((self.folder / name).exists() for name in ("monitor.sock", "operator.sock"))
+    def _operator(self) -> qmp.Monitor | None:
+        """The test's monitor, which QEMU opens last; its socket refuses until QEMU listens."""
+        try:
+            return qmp.Monitor(f"{self.folder}/operator.sock", timeout_s=20.0)
+        except GuestGone:
+            self._lives()
+            return None
 
 
 def read_all(pid: int, blocks: list[RamBlock]) -> dict[str, np.ndarray]:
