@@ -154,6 +154,25 @@ def readable(mirror: DiskMirror, timeout_s: float = 5.0) -> bool:
         return bool(selector.select(timeout_s))
 
 
+def goes_on_alone(primary: Primary, commands: int) -> None:
+    """After so many commands the guest's writes end, the next agent takes the mirrors away, and the guest writes on."""
+    said = 0
+
+    def is_done() -> bool:
+        nonlocal said
+        said += sum(message.get("id") == "io" for message in primary.qemu.operator.receive())
+        return said >= commands
+
+    wait_for("all is answered", is_done)
+    primary.mirror.remove()
+    assert not primary.jobs() and not primary.nodes()
+    for command in ("aio_flush", "write -P 8 4M 4M"):
+        primary.begin(command)
+        wait_for("the guest writes on", primary.ended)
+    assert primary.qemu.is_running()
+    quit_cleanly(primary.qemu)
+
+
 def quit_cleanly(qemu: Qemu) -> None:
     """So that the image is whole on its file system."""
     qemu.operator.command("quit")
@@ -388,6 +407,40 @@ def test_a_guest_that_writes_all_the_time_is_followed_after_one_pass_over_its_di
             return primary.mirror.progress()[2]
 
         wait_for("the mirrors follow", is_followed, pause_s=0.001)
+
+
+@pytest.mark.parametrize("shape", [QCOW2, Shape("qcow2", "iothread", size=SIZE)], ids=["main-thread", "iothread"])
+def test_an_engine_may_die_while_it_ends_its_mirrors(shape: Shape, boot: Boot, tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    with followed(boot(place(tmp_path, shape).arguments())) as primary:
+        primary.follow()
+        for number in range(8):
+            primary.begin(f"aio_write -P 7 {number}M 1M")
+        wait_for("some are told", lambda: primary.mirror.receive())
+        # It dies when it has asked, with all writes unanswered.
+        monkeypatch.setattr(AttendedMonitor, "have_come", lambda *_: False)
+        primary.mirror.close()
+        goes_on_alone(primary, commands=8)
+
+
+def test_an_engine_may_die_just_after_writes_began_to_wait_for_it(boot: Boot, tmp_path: Path) -> None:
+    with followed(boot(place(tmp_path, RAW).arguments()), speed=64 * MIB) as primary:
+        primary.mirror.start(())
+        writes = 0
+
+        def is_changed() -> bool:
+            nonlocal writes
+            primary.serve()
+            primary.begin(f"aio_write -P 7 {writes % 8}M 1M")
+            writes += 1
+            copied, of, following = primary.mirror.progress()
+            assert not following, "that is known one look later"
+            return of and copied >= of
+
+        wait_for("all is copied once", is_changed, pause_s=0.005)
+        # It dies: the mirrors are not followed yet, so nothing is ended.
+        primary.mirror.close()
+        goes_on_alone(primary, commands=writes)
 
 
 def test_an_idle_mirror_is_removed_as_well(boot: Boot, tmp_path: Path) -> None:
