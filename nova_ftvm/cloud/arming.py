@@ -57,7 +57,8 @@ def armed(domain_xml: str, instance: objects.Instance, network_info: Sequence[ne
         try:
             prepared = partners.prepare_domain(host, InstanceId(instance.uuid))
             if prepared["capable"]:
-                return domain.arm(domain_xml, prepared["monitor"])
+                return domain.arm(domain_xml, prepared["monitor"],
+                                  legacy_virtio=servers.speaks_legacy_virtio(instance))
             why = prepared["reason"]
         except (PartnerAway, Unsupported) as error:
             why = str(error)

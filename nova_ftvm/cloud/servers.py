@@ -47,6 +47,12 @@ def asks(instance: objects.Instance) -> bool:
     return not is_backup(instance) and request.read(instance.metadata, instance.flavor.extra_specs).wanted
 
 
+def speaks_legacy_virtio(instance: objects.Instance) -> bool:
+    """Should its virtio devices, for the sake of short pauses?"""
+    asked = request.read(instance.metadata, instance.flavor.extra_specs).virtio
+    return (asked or CONF.ftvm.virtio) == request.Virtio.LEGACY
+
+
 def known_to_manager(instance: objects.Instance) -> bool:
     """Has the manager ever taken it up? Then a backup of it may exist, and may run."""
     return request.STATE_KEY in instance.metadata

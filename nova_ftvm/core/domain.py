@@ -39,6 +39,11 @@ _COMMANDLINE = f"{{{QEMU_NS}}}commandline"
 _ARG = f"{{{QEMU_NS}}}arg"
 _MARK = f"{{{FTVM_NS}}}standby"
 _CHARDEV = re.compile(rf"socket,id={MONITOR_ID},path=(?P<path>.*),server=on,wait=off")
+#: The machine whose virtio devices speak both ways, and those of its devices that do.
+_PC = re.compile(r"pc(-i440fx-.*)?")
+_BOTH_WAYS = ("balloon", "blk", "net", "rng", "scsi", "serial")
+#: QEMU's arguments for virtio devices that speak only the first way, also those that are plugged in later.
+LEGACY_VIRTIO = tuple(word for kind in _BOTH_WAYS for word in ("-global", f"virtio-{kind}-pci.disable-modern=on"))
 #: What an interface shows to the guest: kept from the primary. All else comes from the binding.
 _GUEST_SIDE_OF_INTERFACE = ("mac", "model", "driver", "mtu", "address", "alias", "boot", "rom", "link", "coalesce")
 
@@ -90,8 +95,11 @@ def disks(domain_xml: str) -> list[DiskFile]:
     return found
 
 
-def arm(domain_xml: str, monitor_path: str) -> str:
+def arm(domain_xml: str, monitor_path: str, *, legacy_virtio: bool = False) -> str:
     """Returns the XML with our monitor, and with its virtio interfaces on QEMU's own backend.
+
+    legacy_virtio: each virtio device of a `pc` machine speaks virtio 0.9 only, which keeps a checkpoint's pause short
+    (doc/source/contributor/decisions/legacy-virtio.rst). Other machines' devices cannot.
 
     vhost would move packets past QEMU, where no filter holds them. Free page reporting is switched off: what the guest
     frees would be discarded by QEMU, and each discarded page is a written one for the next checkpoint. Disks leave
@@ -111,7 +119,11 @@ def arm(domain_xml: str, monitor_path: str) -> str:
     for kind in ("disk", "controller"):
         for driver in root.findall(f"./devices/{kind}/driver[@iothread]"):
             del driver.attrib["iothread"]
-    _set_arguments(root, [*_foreign_arguments(root), *_monitor_arguments(monitor_path)])
+    foreign = _foreign_arguments(root)
+    machine = root.find("./os/type[@machine]")
+    if legacy_virtio and machine is not None and _PC.fullmatch(machine.attrib["machine"]):
+        foreign += [word for pair in _pairs(list(LEGACY_VIRTIO)) if pair[1] not in foreign for word in pair]
+    _set_arguments(root, [*foreign, *_monitor_arguments(monitor_path)])
     return _text(root)
 
 

@@ -71,6 +71,32 @@ def test_arming_adds_a_monitor_and_takes_vhost_out():
                                 "-mon", "chardev=ftvm,mode=control"]
 
 
+LEGACY = "-global", "virtio-blk-pci.disable-modern=on"
+
+
+@pytest.mark.parametrize(("machine", "is_legacy"), [
+    ("pc", True), ("pc-i440fx-9.2", True), ("q35", False), ("pc-q35-9.2", False), ("microvm", False)])
+def test_virtio_devices_of_a_pc_speak_the_short_way(machine, is_legacy):
+    xml = PLAIN.replace("<vcpu>", f"<os><type machine='{machine}'>hvm</type></os><vcpu>")
+    said = arguments(domain.arm(xml, MONITOR, legacy_virtio=True))
+    assert (said[:len(domain.LEGACY_VIRTIO)] == list(domain.LEGACY_VIRTIO)) == is_legacy
+    assert (LEGACY[1] in said) == is_legacy
+    assert LEGACY[1] not in arguments(domain.arm(xml, MONITOR))
+
+
+def test_a_guest_keeps_what_its_devices_speak_on_its_way_to_another_host_and_home():
+    xml = PLAIN.replace("<vcpu>", "<os><type machine='pc'>hvm</type></os><vcpu>")
+    armed = domain.arm(xml, MONITOR, legacy_virtio=True)
+    assert domain.arm(armed, MONITOR, legacy_virtio=True) == armed
+    standby = domain.standby(armed, "/there", MARK, HERE)
+    for text in (standby, domain.ordinary(standby)):
+        assert arguments(text)[:len(domain.LEGACY_VIRTIO)] == list(domain.LEGACY_VIRTIO)
+
+
+def test_devices_speak_as_they_did_when_no_machine_is_named():
+    assert LEGACY[1] not in arguments(domain.arm(PLAIN, MONITOR, legacy_virtio=True))
+
+
 def test_a_drive_on_the_ide_bus_is_refused_with_what_to_do():
     xml = PLAIN.replace("<devices>", "<devices><disk type='file' device='cdrom'><target dev='hda' bus='ide'/></disk>")
     with pytest.raises(Unsupported, match="hw_cdrom_bus=scsi"):

@@ -10,6 +10,7 @@ from glance.db.sqlalchemy import metadata as loader
 from glance.db.sqlalchemy import models_metadef
 
 from nova_ftvm.core import request
+from nova_ftvm.core.policy import Policy
 
 FOLDER = pathlib.Path(__file__).parents[2] / "etc" / "metadefs"
 SERVER, FLAVOR = FOLDER / "ftvm-server.json", FOLDER / "ftvm-flavor.json"
@@ -28,9 +29,10 @@ def test_every_file_of_the_folder_is_tested_here():
     assert set(FOLDER.glob("*.json")) == {SERVER, FLAVOR}
 
 
-def test_the_servers_property_is_the_one_that_is_read():
+def test_the_servers_properties_are_those_that_are_read():
     namespace = read(SERVER)
-    assert list(namespace["properties"]) == [request.METADATA_KEY]
+    assert {name: set(what.get("enum", ())) for name, what in namespace["properties"].items()} == {
+        request.METADATA_KEY: set(), request.POLICY_KEY: set(Policy), request.VIRTIO_KEY: set(request.Virtio)}
     assert namespace["resource_type_associations"] == [{"name": "OS::Nova::Server", "properties_target": "metadata"}]
 
 
@@ -51,4 +53,4 @@ def test_glance_manage_loads_both_and_a_second_time_changes_nothing(tmp_path):
             counts.append([connection.execute(sqlalchemy.text(f"select count(*) from {table}")).scalar()
                            for table in ("metadef_namespaces", "metadef_properties",
                                          "metadef_namespace_resource_types")])
-    assert counts == [[2, 2, 2], [2, 2, 2]]
+    assert counts == [[2, 4, 2], [2, 4, 2]]

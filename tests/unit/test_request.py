@@ -23,6 +23,13 @@ def test_the_wish_is_read_from_server_and_flavor(metadata, specs, wanted):
     assert request.read(metadata, specs) == request.Request(wanted)
 
 
+def test_a_server_may_say_what_its_devices_speak():
+    assert request.read({"ft": "true", "ft:virtio": " Modern "}, {}) == request.Request(True, virtio="modern")
+    refused = request.read({"ft": "true", "ft:virtio": "ancient"}, {})
+    assert refused == request.Request(
+        False, "the property ft:virtio is 'ancient': set it to one of legacy, modern")
+
+
 @pytest.mark.parametrize(("metadata", "specs"), [
     ({"ft": "maybe"}, {}), ({"ft": ""}, {}), ({"ft": "true"}, {"ftvm:enabled": "perhaps"}),
     ({"ft": "false"}, {"ftvm:enabled": "true"}), ({"ft": "true"}, {"ftvm:enabled": "false"}),
