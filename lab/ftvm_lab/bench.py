@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,9 @@ class Bench:
             if workload.name in AGAIN and UNPROTECTED in self.rows.get(workload.name, {}):
                 self.again[workload.name] = workload.run(self.address, self.seconds)
 
+    def goals(self) -> list[bench_figures.Goal]:
+        return bench_figures.goals(self.rows, self.pause)
+
     def report(self, error: str | None) -> dict[str, Any]:
         return {
             "error": error,
@@ -112,6 +115,7 @@ class Bench:
             "drift": bench_figures.drift(self.rows, self.again),
             "pause": self.pause,
             "pause_fit": bench_figures.pause_fit(self.rows),
+            "goals": [asdict(goal) for goal in self.goals()],
             "workloads": self.rows,
         }
 
@@ -164,7 +168,8 @@ def main() -> None:
     save()
     if bench is None:
         sys.exit(1)
-    print(f"\n{bench_figures.table(bench.rows)}\n\nthe figures are in {output}")
+    print(f"\n{bench_figures.table(bench.rows)}\n\n{bench_figures.goal_table(bench.goals())}\n\n"
+          f"the figures are in {output}")
     _draw(bench, output)
     sys.exit(1 if error or bench.failures else 0)
 

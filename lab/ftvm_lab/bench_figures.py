@@ -185,3 +185,56 @@ def _said(value: float | None, form: str) -> str:
 def drift(rows: Rows, again: Mapping[str, Outcome]) -> dict[str, float | None]:
     """How far the machine itself changed: the unprotected guest's throughput at the end over that at first."""
     return {name: _ratio(outcome.throughput, rows[name][UNPROTECTED]["throughput"]) for name, outcome in again.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """Of a protected guest, by the policy `adaptive`."""
+
+    what: str
+    limit: float
+    #: Is more better? Else it is a most.
+    least: bool
+    found: float | None
+
+    @property
+    def is_met(self) -> bool | None:
+        """None: it was not measured."""
+        if self.found is None:
+            return None
+        return self.found >= self.limit if self.least else self.found <= self.limit
+
+
+#: The workload, the field of its row, what that is; the limit; is it a least?
+_GOALS = (
+    ("http_64", "throughput_ratio", "of unprotected", 0.85, True),
+    ("redis_64", "throughput_ratio", "of unprotected", 0.85, True),
+    ("echo_32", "throughput_ratio", "of unprotected", 0.75, True),
+    ("echo_8_16k", "throughput_ratio", "of unprotected", 0.6, True),
+    ("echo_1", "rtt_added_ms_p50", "ms added to a round trip, median", 5.0, False),
+    ("http_64", "wire_ratio", "of the raw pages on the wire", 0.4, False),
+    ("processor", "throughput_ratio", "of unprotected", 0.95, True),
+)
+
+
+def goals(rows: Rows, pause: Row | None) -> list[Goal]:
+    """What this benchmark wants to reach, and what it found. pause: bench-pause's."""
+    adaptive = {name: policies.get("adaptive", {}) for name, policies in rows.items()}
+    found = [Goal(f"{name}: {meaning}", limit, least, adaptive.get(name, {}).get(key))
+             for name, key, meaning, limit, least in _GOALS]
+    for other in ("fixed", "event"):
+        for key, meaning, least in (("throughput", "throughput", True), ("rtt_ms_p50", "median round trip", False)):
+            shares = [row[key] / rows[name][other][key] for name, row in adaptive.items()
+                      if row.get("rtt_ms_p50") is not None and rows[name].get(other, {}).get(key)]
+            worst = (min if least else max)(shares, default=None)
+            found.append(Goal(f"{meaning} over that of {other}, the worst workload", 1.0, least,
+                              None if worst is None else round(worst, 3)))
+    return [*found, Goal("pause with 100 pages over QEMU's own", 1.3, False, (pause or {}).get("over_floor")),
+            Goal("each further page over its copy", 3.0, False, (pause or {}).get("over_memcpy"))]
+
+
+def goal_table(reached: Sequence[Goal]) -> str:
+    marks = {True: "met", False: "NOT met", None: "not measured"}
+    width = max(len(goal.what) for goal in reached)
+    return "\n".join(f"{goal.what.ljust(width)}  {_said(goal.found, '{:.2f}'):>6}  {'>=' if goal.least else '<='} "
+                     f"{goal.limit:.2f}  {marks[goal.is_met]}" for goal in reached)

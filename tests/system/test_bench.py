@@ -73,6 +73,24 @@ def test_every_quick_workload_is_one_of_the_full_run() -> None:
     assert len(set(names)) == len(names)
 
 
+def test_goals_say_what_was_reached_and_what_was_not_measured() -> None:
+    def row(throughput: float, rtt: float) -> bench_figures.Row:
+        return {"throughput": throughput, "throughput_ratio": throughput / 100, "rtt_ms_p50": rtt}
+
+    rows = {"http_64": {"unprotected": row(100, 1), "fixed": row(50, 20), "adaptive": row(90, 5) | {"wire_ratio": 0.5}},
+            "echo_32": {"unprotected": row(100, 1), "fixed": row(60, 4), "adaptive": row(54, 5)}}
+    found = {goal.what: goal for goal in bench_figures.goals(rows, {"over_floor": 1.2})}
+    assert found["http_64: of unprotected"].is_met is True
+    assert found["http_64: of the raw pages on the wire"].is_met is False
+    assert found["redis_64: of unprotected"].is_met is None
+    assert found["throughput over that of fixed, the worst workload"].found == 0.9
+    assert found["median round trip over that of fixed, the worst workload"].found == 1.25
+    assert found["throughput over that of event, the worst workload"].found is None
+    assert found["pause with 100 pages over QEMU's own"].is_met is True
+    lines = bench_figures.goal_table(list(found.values())).splitlines()
+    assert len(lines) == len(found) and lines[0].endswith("0.90  >= 0.85  met") and lines[2].endswith("NOT met")
+
+
 def line(at: float, count: int) -> str:
     return json.dumps({"at": at, "count": count, "pause_ms": [at] * count, "pages": [7] * count,
                        "epoch_ms": [20.0] * count, "wire_bytes": [30] * count, "state_bytes": [1] * count,
