@@ -48,7 +48,7 @@ def asks(instance: objects.Instance) -> bool:
 
 
 def speaks_legacy_virtio(instance: objects.Instance) -> bool:
-    """Should its virtio devices, for the sake of short pauses?"""
+    """Should its virtio devices speak virtio 0.9 only, for the sake of short pauses?"""
     asked = request.read(instance.metadata, instance.flavor.extra_specs).virtio
     return (asked or CONF.ftvm.virtio) == request.Virtio.LEGACY
 

@@ -120,8 +120,7 @@ def arm(domain_xml: str, monitor_path: str, *, legacy_virtio: bool = False) -> s
         for driver in root.findall(f"./devices/{kind}/driver[@iothread]"):
             del driver.attrib["iothread"]
     foreign = _foreign_arguments(root)
-    machine = root.find("./os/type[@machine]")
-    if legacy_virtio and machine is not None and _PC.fullmatch(machine.attrib["machine"]):
+    if legacy_virtio and _knows_legacy_virtio(root):
         foreign += [word for pair in _pairs(list(LEGACY_VIRTIO)) if pair[1] not in foreign for word in pair]
     _set_arguments(root, [*foreign, *_monitor_arguments(monitor_path)])
     return _text(root)
@@ -216,6 +215,13 @@ def _remove(parent: ElementTree.Element, *tags: str) -> None:
     for tag in tags:
         for found in parent.findall(tag):
             parent.remove(found)
+
+
+def _knows_legacy_virtio(root: ElementTree.Element) -> bool:
+    """Would QEMU start with it? Behind an IOMMU there is virtio 1 only."""
+    machine = root.find("./os/type[@machine]")
+    return (machine is not None and _PC.fullmatch(machine.attrib["machine"]) is not None
+            and root.find("./devices//driver[@iommu='on']") is None)
 
 
 def _arguments(root: ElementTree.Element) -> list[str]:

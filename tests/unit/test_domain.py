@@ -93,6 +93,12 @@ def test_a_guest_keeps_what_its_devices_speak_on_its_way_to_another_host_and_hom
         assert arguments(text)[:len(domain.LEGACY_VIRTIO)] == list(domain.LEGACY_VIRTIO)
 
 
+def test_devices_behind_an_iommu_speak_as_they_did():
+    xml = PLAIN.replace("<vcpu>", "<os><type machine='pc'>hvm</type></os><vcpu>").replace(
+        "<source bridge", "<driver iommu='on'/><source bridge")
+    assert LEGACY[1] not in arguments(domain.arm(xml, MONITOR, legacy_virtio=True))
+
+
 def test_devices_speak_as_they_did_when_no_machine_is_named():
     assert LEGACY[1] not in arguments(domain.arm(PLAIN, MONITOR, legacy_virtio=True))
 
