@@ -26,9 +26,7 @@ _GATHER_PAUSES = 10.0
 _GATHER_S = (2e-3, 40e-3)
 #: So many pauses longer, or shorter, when the guest was busy, or asleep, at the acknowledgement.
 _MORE_PAUSES, _LESS_PAUSES = 0.1, 0.3
-#: Output waits for company of a busy guest at least so many pauses.
-_HOLD_PAUSES = 0.5
-#: And for no longer if nothing more comes for so many pauses, within the bounds; but only when the last pause is long
+#: It waits no longer if nothing more comes for so many pauses, within the bounds; but only when the last pause is long
 #: ago: so many pauses.
 _LULL_PAUSES = 1.0
 _LULL_S = (1.5e-3, 5e-3)
@@ -73,7 +71,7 @@ def due(policy: Policy, epoch_s: float, seen: Measured) -> float:
         return seen.output_since
     lull = max(seen.output_last + _within(_LULL_PAUSES * seen.pause_s, _LULL_S),
                seen.resumed + _LULL_SHARE * seen.pause_s)
-    gathered = min(max(seen.output_since + _HOLD_PAUSES * seen.pause_s, seen.resumed + seen.gather_s),
+    gathered = min(max(seen.output_since, seen.resumed + seen.gather_s),
                    seen.output_since + _within(_GATHER_PAUSES * seen.pause_s, _GATHER_S), lull)
     if seen.asleep_since is not None:
         gathered = min(gathered, seen.asleep_since + _ASLEEP_S)

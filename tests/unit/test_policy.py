@@ -191,6 +191,11 @@ def test_adaptive_comes_near_to_the_best_that_a_chosen_length_could_do_whatever_
     assert Service(connections, Policy.ADAPTIVE).rate() > 0.85 * best
 
 
+@pytest.mark.parametrize("connections", [1, 2, 3, 4, 8, 16, 32, 64, 128])
+def test_adaptive_serves_no_number_of_connections_worse_than_a_checkpoint_for_each_output(connections: int) -> None:
+    assert Service(connections, Policy.ADAPTIVE).rate() > 0.99 * Service(connections, Policy.EVENT).rate()
+
+
 def test_a_guest_that_runs_dry_while_an_epoch_is_on_its_way_was_let_run_for_too_long() -> None:
     seen = Measured(0.0, pause_s=0.002, gather_s=0.01)
     assert gathers(seen, busy=False) < 0.01 < gathers(seen, busy=True)
