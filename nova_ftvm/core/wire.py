@@ -19,6 +19,7 @@ another generation raises, and the decoder gives nothing more: the connection mu
       |     <- GUEST_GONE  QEMU ended by itself  |
       |     <- HAND_OVER  the guest moves        |   a planned failover; the primary holds its output
       |     <- BYE  a planned end                |
+      | BYE  why it has failed            ->     |
 
 PAGES and DEVICE may come as CHANGES and DEVICE_CHANGES: only what changed since it was sent last.
 

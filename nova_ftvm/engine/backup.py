@@ -82,6 +82,7 @@ class BackupEngine:
         finally:
             self._disks.close()
         if self._failure:
+            self._say_why()
             self._control.report("failed", reason=self._failure, granted=self._lease.watch is Watch.PROMOTING)
         LOG.info("the backup's part ended: %s", "promoted" if self._promoted else self._failure or "given up")
         return self._promoted
@@ -248,6 +249,12 @@ class BackupEngine:
         assert self._link is not None
         with contextlib.suppress(PeerLost):
             self._link.send_bare(kind, epoch)
+
+    def _say_why(self) -> None:
+        """The primary tells its owner; of itself it would know only that the connection ended."""
+        if self._link is not None:
+            with contextlib.suppress(PeerLost):
+                self._link.send(wire.encode(wire.Kind.BYE, self._generation, payload=(self._failure.encode(),)))
 
     def _lose_link(self) -> None:
         if self._link is not None:

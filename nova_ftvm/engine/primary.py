@@ -206,7 +206,7 @@ class PrimaryEngine:
                 self._disks.acknowledged(frame.epoch)
                 self._commit(self._loop.on_ack(frame.epoch))
             elif frame.kind is wire.Kind.BYE:
-                raise PeerLost("the backup's agent ended")
+                raise PeerLost(_farewell(frame))
             elif frame.kind is not wire.Kind.BEAT:
                 raise ProtocolError(f"{frame.kind.name} from a backup")
         self._watch_link()
@@ -421,10 +421,22 @@ class PrimaryEngine:
         if self._linked and self._selector.get_key(self._link).events != wanted:
             self._selector.modify(self._link, wanted, self._on_link)
 
+    def _last_word(self) -> str:
+        """A backup that failed may have said why, and its connection have ended before that was read."""
+        with contextlib.suppress(PeerLost, ProtocolError):
+            return next((_farewell(frame) for frame in self._link.receive() if frame.kind is wire.Kind.BYE), "")
+        return ""
+
     def _lose_link(self, why: str) -> None:
         if self._linked:
+            why = self._last_word() or why
             LOG.warning("the backup is lost: %s", why)
             self._linked = False
             self._selector.unregister(self._link)
             self._link.close()
         self._do(self._loop.on_peer_lost(why, self._clock()))
+
+
+def _farewell(frame: wire.Frame) -> str:
+    why = bytes(frame.payload).decode(errors="replace")
+    return f"the backup failed: {why}" if why else "the backup's agent ended"

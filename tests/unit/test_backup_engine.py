@@ -366,6 +366,8 @@ def test_disks_that_fail_end_the_backup_with_the_reason(bench: Bench) -> None:
     assert bench.control.reports[-1]["event"] == "failed" and "No space" in bench.control.reports[-1]["reason"]
     assert not bench.control.reports[-1]["granted"]
     assert bench.disks.closed and not bench.engine._promoted
+    (*_, last) = bench.peer.read()
+    assert last.kind is wire.Kind.BYE and b"No space" in bytes(last.payload), "the primary is told"
 
 
 def test_a_promotion_waits_until_all_committed_writes_are_done(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -332,6 +332,18 @@ def test_a_peer_that_goes_wrong_is_lost_and_the_output_stays_held(bench: Bench, 
     assert not bench.buffers.installed
 
 
+@pytest.mark.parametrize("noticed_by", ["reading", "sending"])
+def test_a_backup_that_says_why_it_failed_is_quoted(noticed_by: str, bench: Bench) -> None:
+    bench.checkpoint()
+    bench.peer.send(wire.Kind.BYE, 0, b"No space left on device")
+    bench.peer.close()
+    if noticed_by == "sending":
+        bench.engine._lose_link("the connection broke: Broken pipe")
+    else:
+        bench.turn()
+    assert bench.loop.reason == "the backup failed: No space left on device"
+
+
 @pytest.mark.parametrize("after", ["batch", "stop", "state"])
 def test_a_link_that_breaks_in_a_checkpoint_lets_it_end_first(bench: Bench, after: str) -> None:
     bench.checkpoint()
