@@ -29,6 +29,7 @@ CHANGES:            block u16 | zero u16 | runs u32 | runs | masks | words, see 
 DEVICE_CHANGES:     length u32 | CHANGES of the state as pages, of the block after the last
 COMMIT:             frames u32 | pages u64 | disk writes u64
 HEARD and SAID:     the interface's address, 6 bytes | packets. HEARD's epoch is the one that will cover them
+BYE of a backup:    why it has failed, UTF-8
 """
 
 import dataclasses
@@ -65,6 +66,8 @@ _STATE = struct.Struct(">I")
 HEADER_BYTES = _HEADER.size + _CRC.size
 _MOST_STATE_BYTES = 1 << 28
 _MAC_BYTES = 6
+#: More of a reason is not read: it goes to the arbiter and to the server's owner.
+_MOST_WHY_BYTES = 1 << 10
 
 
 class Kind(enum.IntEnum):
@@ -280,6 +283,16 @@ def decode_packets(frame: Frame) -> Packets:
     if len(frame.payload) < _MAC_BYTES:
         raise ProtocolError(f"a {frame.kind.name} frame is cut short")
     return Packets(bytes(frame.payload[:_MAC_BYTES]), frame.payload[_MAC_BYTES:])
+
+
+def encode_failure(generation: Generation, why: str) -> list[Buffer]:
+    """A backup's BYE."""
+    return encode(Kind.BYE, generation, payload=(why.encode(errors="replace")[:_MOST_WHY_BYTES],))
+
+
+def decode_failure(frame: Frame) -> str:
+    """Why the backup has failed; '' when it did not say."""
+    return bytes(frame.payload[:_MOST_WHY_BYTES]).decode(errors="replace")
 
 
 def prove(token: str, challenge: bytes) -> str:

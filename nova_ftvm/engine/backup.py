@@ -254,7 +254,7 @@ class BackupEngine:
         """The primary tells its owner; of itself it would know only that the connection ended."""
         if self._link is not None:
             with contextlib.suppress(PeerLost):
-                self._link.send(wire.encode(wire.Kind.BYE, self._generation, payload=(self._failure.encode(),)))
+                self._link.send(wire.encode_failure(self._generation, self._failure))
 
     def _lose_link(self) -> None:
         if self._link is not None:

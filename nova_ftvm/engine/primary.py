@@ -438,5 +438,5 @@ class PrimaryEngine:
 
 
 def _farewell(frame: wire.Frame) -> str:
-    why = bytes(frame.payload).decode(errors="replace")
+    why = wire.decode_failure(frame)
     return f"the backup failed: {why}" if why else "the backup's agent ended"

@@ -332,16 +332,24 @@ def test_a_peer_that_goes_wrong_is_lost_and_the_output_stays_held(bench: Bench, 
     assert not bench.buffers.installed
 
 
+WHY = wire.encode_failure(GENERATION, "No space left on device")
+
+
 @pytest.mark.parametrize("noticed_by", ["reading", "sending"])
-def test_a_backup_that_says_why_it_failed_is_quoted(noticed_by: str, bench: Bench) -> None:
+@pytest.mark.parametrize("said", [None, 1, wire.HEADER_BYTES + 3])
+def test_a_backup_that_says_why_it_failed_is_quoted_unless_it_dies_over_it(said: int | None, noticed_by: str,
+                                                                         bench: Bench) -> None:
+    """said: so many bytes of it."""
     bench.checkpoint()
-    bench.peer.send(wire.Kind.BYE, 0, b"No space left on device")
+    bench.peer.raw(b"".join(map(bytes, WHY))[:said])
     bench.peer.close()
     if noticed_by == "sending":
         bench.engine._lose_link("the connection broke: Broken pipe")
     else:
         bench.turn()
-    assert bench.loop.reason == "the backup failed: No space left on device"
+    assert bench.loop.phase is Phase.HOLDING and bench.control.told[-1] == "ask_degrade"
+    assert (bench.loop.reason == "the backup failed: No space left on device") == (said is None)
+    assert bench.loop.reason
 
 
 @pytest.mark.parametrize("after", ["batch", "stop", "state"])

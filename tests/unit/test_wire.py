@@ -310,3 +310,15 @@ def test_the_welcome_names_the_disks_on_the_same_base() -> None:
 def test_a_welcome_that_cannot_be_read_is_refused(body: bytes) -> None:
     with pytest.raises(ProtocolError, match="WELCOME"):
         wire.decode_welcome(wire.Frame(wire.Kind.WELCOME, GENERATION, Epoch(0), body))
+
+
+@pytest.mark.parametrize(("why", "told"), [
+    ("No space left on device", "No space left on device"), ("/a/\udcff", "/a/?"), ("", ""), ("x" * 9999, "x" * 1024)])
+def test_whatever_a_backup_says_of_its_failure_is_short_text(why, told):
+    (frame,) = decode(join(wire.encode_failure(GENERATION, why)))
+    assert (frame.kind, wire.decode_failure(frame)) == (wire.Kind.BYE, told)
+
+
+def test_a_peer_that_says_more_of_its_failure_or_no_text_is_not_believed_for_long():
+    frame = wire.Frame(wire.Kind.BYE, GENERATION, Epoch(0), b"\xff" * 4096)
+    assert wire.decode_failure(frame) == "\ufffd" * 1024
