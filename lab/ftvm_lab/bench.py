@@ -115,7 +115,7 @@ class Bench:
             "drift": bench_figures.drift(self.rows, self.again),
             "pause": self.pause,
             "pause_fit": bench_figures.pause_fit(self.rows),
-            "goals": [asdict(goal) for goal in self.goals()],
+            "goals": [asdict(goal) | {"is_met": goal.is_met} for goal in self.goals()],
             "workloads": self.rows,
         }
 

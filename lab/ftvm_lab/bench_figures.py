@@ -217,6 +217,10 @@ _GOALS = (
 )
 
 
+#: Nothing of these goes over the network.
+_WITHOUT_NETWORK = ("processor", "memory", "idle")
+
+
 def goals(rows: Rows, pause: Row | None) -> list[Goal]:
     """What this benchmark wants to reach, and what it found. pause: bench-pause's."""
     adaptive = {name: policies.get("adaptive", {}) for name, policies in rows.items()}
@@ -225,7 +229,7 @@ def goals(rows: Rows, pause: Row | None) -> list[Goal]:
     for other in ("fixed", "event"):
         for key, meaning, least in (("throughput", "throughput", True), ("rtt_ms_p50", "median round trip", False)):
             shares = [row[key] / rows[name][other][key] for name, row in adaptive.items()
-                      if row.get("rtt_ms_p50") is not None and rows[name].get(other, {}).get(key)]
+                      if not name.startswith(_WITHOUT_NETWORK) and row.get(key) and rows[name].get(other, {}).get(key)]
             worst = (min if least else max)(shares, default=None)
             found.append(Goal(f"{meaning} over that of {other}, the worst workload", 1.0, least,
                               None if worst is None else round(worst, 3)))
