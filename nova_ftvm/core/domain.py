@@ -120,8 +120,8 @@ def arm(domain_xml: str, monitor_path: str, *, legacy_virtio: bool = False) -> s
         for driver in root.findall(f"./devices/{kind}/driver[@iothread]"):
             del driver.attrib["iothread"]
     foreign = _foreign_arguments(root)
-    if legacy_virtio and _knows_legacy_virtio(root):
-        foreign += [word for pair in _pairs(list(LEGACY_VIRTIO)) if pair[1] not in foreign for word in pair]
+    if legacy_virtio and _knows_legacy_virtio(root) and not set(LEGACY_VIRTIO) <= set(foreign):
+        foreign += LEGACY_VIRTIO
     _set_arguments(root, [*foreign, *_monitor_arguments(monitor_path)])
     return _text(root)
 

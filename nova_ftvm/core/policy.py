@@ -26,8 +26,8 @@ _GATHER_PAUSES = 10.0
 _GATHER_S = (2e-3, 40e-3)
 #: So many pauses longer, or shorter, when the guest was busy, or asleep, at the acknowledgement.
 _MORE_PAUSES, _LESS_PAUSES = 0.1, 0.3
-#: It waits no longer if nothing more comes for so many pauses, within the bounds; but only when the last pause is long
-#: ago: so many pauses.
+#: Output waits no longer if nothing more comes for so many pauses, within the bounds; but only when the last pause is
+#: long ago: so many pauses.
 _LULL_PAUSES = 1.0
 _LULL_S = (1.5e-3, 5e-3)
 _LULL_SHARE = 6.0
