@@ -22,7 +22,11 @@ class Monitor(Pollable, Protocol):
 
     def command(self, command: str, **arguments: Any) -> Any: ...
 
-    def send(self, lines: bytes) -> None: ...
+    def prepare(self, command: str, ident: str, **arguments: Any) -> None:
+        """Sends all of a command but its end. Whatever else is sent before `complete` takes it back."""
+
+    def complete(self) -> None:
+        """Sends the end of the prepared command, or all of it if it was taken back."""
 
     def receive(self) -> list[Message]: ...
 

@@ -160,7 +160,7 @@ COLUMNS = (
     ("pages", "pages_p50", "{:.0f}"),
     ("wire", "wire_ratio", "{:.2f}"),
 )
-CORES = ("guest", "engine", "backup_engine", "backup_guest")
+CORES = ("guest", "engine", "libvirtd", "backup_engine", "backup_guest")
 
 
 def table(rows: Rows) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from ftvm_lab import processes
 from ftvm_lab.bench_figures import Epochs, Snapshot, epochs_between
 from ftvm_lab.command import LabError, run
-from ftvm_lab.computes import AGENT
+from ftvm_lab.computes import AGENT, COMPUTE, LIBVIRTD
 from ftvm_lab.layout import DATA, Layout, Node
 from ftvm_lab.machine import Machine
 
@@ -36,6 +36,9 @@ class Probes:
         parts: dict[str, Callable[[], int]] = {
             "guest": lambda: processes.qemu(self.primary, self.server_id),
             "agent": lambda: self._agent(self.primary),
+            # Both hear of each stop of the guest.
+            "libvirtd": lambda: self._service(self.primary, LIBVIRTD),
+            "nova_compute": lambda: self._service(self.primary, COMPUTE),
         }
         backup = self.backup
         if backup is not None:
@@ -48,7 +51,10 @@ class Probes:
         return parts
 
     def _agent(self, node: Node) -> int:
-        return processes.only(Machine(self.layout, node), AGENT)[0]
+        return self._service(node, AGENT)
+
+    def _service(self, node: Node, name: str) -> int:
+        return processes.only(Machine(self.layout, node), name)[0]
 
     def read(self) -> Snapshot:
         pids: dict[str, int] = {}

@@ -137,12 +137,11 @@ def run_primary(order: Order, control: ControlServer) -> int:
     mirror = DiskMirror(monitor, disks, order.path("disks.sock"), order.qemu_owner, order.disk_copy_mib_s << 20,
                         _MAX_REQUEST)
     gate = Gate(order.path("state.fifo"), order.qemu_owner)
-    save = qmp.encode("xen-save-devices-state", {"filename": gate.path, "live": False}, "save")
     pace = Pace(policy=Policy(order.policy), epoch_s=order.epoch_ms / 1000, ack_limit_s=order.ack_limit_ms / 1000,
                 beat_s=order.beat_ms / 1000, live_passes=order.live_passes, live_rest_pages=order.live_rest_pages)
     engine = PrimaryEngine(
         generation=order.generation, loop=EpochLoop(pace, time.monotonic()), memory=memory,
-        talk=Conversation(monitor, gate, save, ended_mirror), monitor=monitor, gate=gate, buffers=buffers,
+        talk=Conversation(monitor, gate, ended_mirror), monitor=monitor, gate=gate, buffers=buffers,
         mirror=mirror, fixed=read_only_contents(disks), shallow=shallow, log_limit=order.disk_log_mib << 20, link=link,
         note=note, processors=processors, control=control, pidfd=pidfd, watchdog=Watchdog(order.hold_limit_ms / 1000),
         stats=EpochLog(order.path("epochs.jsonl")), frame_limit=order.frame_limit_bytes)

@@ -19,7 +19,7 @@ loaded into it names devices by their place. What only belongs to the primary's 
 import copy
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from xml.etree import ElementTree
 
 from nova_ftvm.exception import Unsupported
@@ -42,8 +42,18 @@ _CHARDEV = re.compile(rf"socket,id={MONITOR_ID},path=(?P<path>.*),server=on,wait
 #: The machine whose virtio devices speak both ways, and those of its devices that do.
 _PC = re.compile(r"pc(-i440fx-.*)?")
 _BOTH_WAYS = ("balloon", "blk", "net", "rng", "scsi", "serial")
-#: QEMU's arguments for virtio devices that speak only the first way, also those that are plugged in later.
-LEGACY_VIRTIO = tuple(word for kind in _BOTH_WAYS for word in ("-global", f"virtio-{kind}-pci.disable-modern=on"))
+_NOTIFIED = ("blk", "net", "rng", "scsi", "serial")
+
+
+def _virtio(setting: str, kinds: Iterable[str]) -> tuple[str, ...]:
+    """QEMU's arguments for all such devices, also those that are plugged in later."""
+    return tuple(word for kind in kinds for word in ("-global", f"virtio-{kind}-pci.{setting}"))
+
+
+#: Virtio devices that speak only the first way.
+LEGACY_VIRTIO = _virtio("disable-modern=on", _BOTH_WAYS)
+#: Virtio devices that are told of work without an eventfd, which would be taken apart and put together at each stop.
+NO_IOEVENTFD = _virtio("ioeventfd=off", _NOTIFIED)
 #: What an interface shows to the guest: kept from the primary. All else comes from the binding.
 _GUEST_SIDE_OF_INTERFACE = ("mac", "model", "driver", "mtu", "address", "alias", "boot", "rom", "link", "coalesce")
 
@@ -104,8 +114,9 @@ def arm(domain_xml: str, monitor_path: str, *, legacy_virtio: bool = False) -> s
     vhost would move packets past QEMU, where no filter holds them. Free page reporting is switched off: what the guest
     frees would be discarded by QEMU, and each discarded page is a written one for the next checkpoint. Disks leave
     their iothreads, in which QEMU 10.0 forgets a request over a stop (doc/source/contributor/decisions/iothreads.rst).
-    Idempotent. Raises Unsupported for an obstacle, for XML that libvirt would not take, or a path that QEMU's option
-    syntax cannot carry.
+    Virtio devices have no ioeventfd, with which each stop of the guest drains its disks two times more
+    (doc/source/contributor/decisions/no-ioeventfd.rst). Idempotent. Raises Unsupported for an obstacle, for XML that
+    libvirt would not take, or a path that QEMU's option syntax cannot carry.
     """
     if why := obstacle(domain_xml):
         raise Unsupported(why)
@@ -120,8 +131,11 @@ def arm(domain_xml: str, monitor_path: str, *, legacy_virtio: bool = False) -> s
         for driver in root.findall(f"./devices/{kind}/driver[@iothread]"):
             del driver.attrib["iothread"]
     foreign = _foreign_arguments(root)
-    if legacy_virtio and _knows_legacy_virtio(root) and not set(LEGACY_VIRTIO) <= set(foreign):
-        foreign += LEGACY_VIRTIO
+    wanted = NO_IOEVENTFD + (LEGACY_VIRTIO if legacy_virtio and _knows_legacy_virtio(root) else ())
+    # Pairs of words: a device's setting comes once.
+    for option, value in zip(wanted[::2], wanted[1::2], strict=True):
+        if value not in foreign:
+            foreign += option, value
     _set_arguments(root, [*foreign, *_monitor_arguments(monitor_path)])
     return _text(root)
 

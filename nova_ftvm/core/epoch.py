@@ -113,6 +113,7 @@ class EpochLoop:
         self.reason = ""
         self._passes = 0
         self._seen = Measured(now)
+        self._began = now
         #: A checkpoint is needed at once, whatever the policy says.
         self._urgent = False
         self._ack_limit_s = pace.ack_limit_s
@@ -130,6 +131,8 @@ class EpochLoop:
     def tick(self, now: float) -> Acts:
         acts: list[Act] = []
         if self.phase is Phase.RUNNING and self._guest_runs and now >= self._due():
+            self._began = now
+            policy.on_checkpoint(self._seen, now)
             acts += self._checkpoint()
         elif self.phase is Phase.UNACKNOWLEDGED and now >= self._ack_deadline():
             acts += self._lose(f"no acknowledgement within {(now - self._shipped) * 1000:.0f} ms", now)
@@ -160,24 +163,27 @@ class EpochLoop:
 
     def on_processors(self, asleep: bool, now: float) -> None:
         """Of the guest: do all of them sleep?"""
+        self._seen.looked = now
         if not asleep:
             self._seen.asleep_since = None
         elif self._seen.asleep_since is None:
             self._seen.asleep_since = now
 
     @property
-    def watches_processors(self) -> bool:
-        """Should somebody look at them, and say so?"""
-        return self.phase is Phase.RUNNING and policy.watches(self._pace.policy, self._seen)
+    def next_look(self) -> float | None:
+        """When somebody should look at them, and say so; None: they do not matter now."""
+        return policy.look(self._seen) if self.phase is Phase.RUNNING and policy.watches(
+            self._pace.policy, self._seen) else None
 
     @property
     def learns_from_processors(self) -> bool:
         """Should somebody look at them at each release, and say so (`on_released`)?"""
         return policy.learns(self._pace.policy)
 
-    def on_released(self, asleep: bool) -> None:
+    def on_released(self, asleep: bool, now: float) -> None:
         """Did the guest's processors sleep when the last epoch's output left?"""
-        self._seen.gather_s = policy.gathers(self._seen, not asleep)
+        self._seen.commit_s = now - self._began
+        policy.on_released(self._seen, not asleep)
 
     # The checkpoint
 

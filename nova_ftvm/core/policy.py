@@ -7,10 +7,14 @@
 A reply waits until the epoch that holds it is committed, so a checkpoint is late as soon as output waits, and is work
 for nothing before. `adaptive` gathers: while a processor of the guest is busy, more output may come that the same
 checkpoint carries; when all sleep, the guest has said what it had to say, and to stop it costs nothing. But a guest
-that is let run until it has nothing more to do waits for the commit, its clients with it; so how long to gather is
-learned (`gathers`): less if it slept when its epoch was acknowledged, more if it still had work. Two bounds keep it
-from the extremes: between two pauses the guest has its share of the time, and output never waits for long. A busy
-guest that sends no more for a while works at something else: one reply beside it does not wait for company.
+that is let run until it has nothing more to do waits for the commit, its clients with it. If it has work for much
+longer than that takes, how long to gather is learned (`on_released`): less if it slept when its epoch was acknowledged,
+more if it still had work. Two bounds keep it from the extremes: between two pauses the guest has its share of the
+time, and output never waits for long. A busy guest that sends no more for a while works at something else: one reply
+beside it does not wait for company.
+
+Whether they sleep must be looked at, and each look takes time from a processor that the guest may need. So how long it
+is busy with its output is learned too, and nobody looks in the first part of that time (`on_checkpoint`).
 """
 
 import dataclasses
@@ -19,11 +23,20 @@ import math
 
 #: The processors' sleep is believed when it has lasted for so long: between two requests they nod off for a moment.
 _ASLEEP_S = 150e-6
+#: Who has never more to do than this takes has said all when it has said something.
+_BRIEF_S = 300e-6
+#: The least time between two looks at them; after the first one none in this part of the time that the guest is busy.
+_LOOK_S = 100e-6
+_BLIND = 0.75
+#: By this part each epoch changes what is known of that time; and so much of it is left if it was too long.
+_LEARN, _LEAVE = 0.25, 0.7
 #: The guest's share of the time when it does nothing but send: it runs at least this many times as long as it stood.
 _SHARE = 1.0
 #: Output of a busy guest is gathered for so many pauses, within the bounds: then the pause is a small part of the time.
 _GATHER_PAUSES = 10.0
 _GATHER_S = (2e-3, 40e-3)
+#: Who has work for so many times what it takes to commit an epoch need not run dry: its output leaves in parts.
+_PARTS = 2.0
 #: So many pauses longer, or shorter, when the guest was busy, or asleep, at the acknowledgement.
 _MORE_PAUSES, _LESS_PAUSES = 0.1, 0.3
 #: Output waits no longer if nothing more comes for so many pauses, within the bounds; but only when the last pause is
@@ -54,9 +67,16 @@ class Measured:
     output_since: float | None = None
     #: When the last of it came.
     output_last: float = 0.0
-    #: Since when all processors of the guest have slept, as far as was looked.
+    #: Since when all processors of the guest have slept, as far as was looked; and when that was.
     asleep_since: float | None = None
-    #: How long the guest runs, from its restart, before its output is due: learned, see `gathers`.
+    looked: float = -math.inf
+    #: How long it is busy after its first output, if it is let; and how long nobody looks: learned, see
+    #: `on_checkpoint`.
+    busy_s: float = 0.0
+    blind_s: float = 0.0
+    #: How long the last epoch took from its checkpoint's beginning to its acknowledgement.
+    commit_s: float = 0.0
+    #: How long the guest runs, from its restart, before its output is due: learned, see `on_released`.
     gather_s: float = math.inf
 
 
@@ -75,13 +95,48 @@ def due(policy: Policy, epoch_s: float, seen: Measured) -> float:
                    seen.output_since + _within(_GATHER_PAUSES * seen.pause_s, _GATHER_S), lull)
     if seen.asleep_since is not None:
         gathered = min(gathered, seen.asleep_since + _ASLEEP_S)
+    if _is_brief(seen):
+        gathered = seen.output_since
     return min(max(gathered, seen.resumed + _SHARE * seen.pause_s), quiet)
 
 
-def gathers(seen: Measured, busy: bool) -> float:
-    """What `Measured.gather_s` should be from now on; told when an epoch is released."""
-    step = _MORE_PAUSES if busy else -_LESS_PAUSES
-    return _within(min(seen.gather_s, _GATHER_S[1]) + step * seen.pause_s, (0.0, _GATHER_S[1]))
+def on_released(seen: Measured, is_busy: bool) -> None:
+    """Learns how long to gather; told when an epoch's output leaves. Infinite: until all is said."""
+    if _is_brief(seen):
+        if is_busy or seen.output_since is not None:
+            # It has more to do than it seemed: next time it is let, and looked at.
+            seen.busy_s = 2 * _BRIEF_S
+    elif seen.gather_s == math.inf:
+        if seen.busy_s > _PARTS * seen.commit_s:
+            seen.gather_s = seen.busy_s / 2
+    else:
+        gather_s = seen.gather_s + (_MORE_PAUSES if is_busy else -_LESS_PAUSES) * seen.pause_s
+        # If it runs dry whatever is done, then once with all of it.
+        seen.gather_s = min(gather_s, _GATHER_S[1]) if gather_s > 0 else math.inf
+
+
+def on_checkpoint(seen: Measured, now: float) -> None:
+    """Learns how long the guest is busy; told when a checkpoint begins."""
+    if seen.output_since is None or seen.gather_s < math.inf:
+        return
+    busy_s = max(0.0, (now if seen.asleep_since is None else seen.asleep_since) - seen.output_since)
+    seen.busy_s += _LEARN * (busy_s - seen.busy_s)
+    if busy_s < seen.blind_s + 2 * _LOOK_S:
+        # It slept when it was looked at again, who knows since when.
+        seen.blind_s *= _LEAVE
+    else:
+        seen.blind_s += _LEARN * (_BLIND * busy_s - seen.blind_s)
+
+
+def look(seen: Measured) -> float:
+    """When to look at the processors, if that matters (`watches`)."""
+    if seen.output_since is None or seen.looked < seen.output_since:
+        return seen.looked
+    return max(seen.looked + _LOOK_S, seen.output_since + seen.blind_s)
+
+
+def _is_brief(seen: Measured) -> bool:
+    return seen.gather_s == math.inf and seen.busy_s <= _BRIEF_S
 
 
 def learns(policy: Policy) -> bool:

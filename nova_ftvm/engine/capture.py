@@ -56,24 +56,25 @@ class Checkpoint:
 class Conversation:
     """The checkpoints of one guest, one at a time."""
 
-    def __init__(self, monitor: ports.Monitor, gate: ports.Gate, save: bytes,
-                 ended_mirror: Callable[[ports.Message], str]) -> None:
-        """`save`: the command, as a QMP line with the id 'save', that writes the device state to the gate.
-        `ended_mirror`: why a mirror of ours is over, if an event says so."""
+    def __init__(self, monitor: ports.Monitor, gate: ports.Gate, ended_mirror: Callable[[ports.Message], str]) -> None:
+        """`ended_mirror`: why a mirror of ours is over, if an event says so."""
         self._monitor = monitor
         self._gate = gate
-        self._save = save
         self._saving = False
         self._ended_mirror = ended_mirror
         self.lost_mirror = ""
         self.current = Checkpoint()
 
+    def prepare(self) -> None:
+        """Sends the save but for its end: before each `begin`, when nobody waits for it."""
+        self._monitor.prepare("xen-save-devices-state", _SAVE, filename=self._gate.path, live=False)
+
     def begin(self) -> None:
-        """Sends the save."""
+        """Lets the save begin."""
         self.current = Checkpoint()
         self._saving = True
         self._gate.narrow()
-        self._monitor.send(self._save)
+        self._monitor.complete()
 
     def read_state(self) -> None:
         """Takes what is in the gate."""

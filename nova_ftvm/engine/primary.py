@@ -36,8 +36,9 @@ _PROGRESS_S = 1.0
 _ASKING_SLACK_S = 10.0
 #: How long after its sockets a process that ends is gone.
 _LAST_BREATH_S = 0.2
-#: How often the guest's processors are looked at while its output is gathered.
-_LOOK_S = 150e-6
+#: How soon the guest's output is listened to again, once some has come: to wake up for each packet would take half of
+#: the processor that the guest needs to send it.
+_LISTEN_S = 1e-3
 #: How often the backup is told at most what came for the guest: each time wakes it up.
 _TELL_S = 3e-3
 #: When the guest runs, or nobody knows whether it goes on here.
@@ -84,6 +85,8 @@ class PrimaryEngine:
         #: The last epoch whose output has left.
         self._released = Epoch(0)
         self._next_progress = self._next_telling = self._checkpoint_deadline = clock()
+        #: When the guest's output is listened to again; None while it is.
+        self._next_listening: float | None = None
         # select() and not epoll: it waits for less than a millisecond.
         self._selector = selectors.SelectSelector()
         self._selector.register(monitor, selectors.EVENT_READ, self._on_monitor)
@@ -130,11 +133,12 @@ class PrimaryEngine:
     def _turn(self) -> None:
         try:
             self._watch_disks()
+            self._listen()
             patience = self._patience()
             self._guard(patience)
             for key, _ in self._selector.select(patience):
                 key.data()
-            if self._loop.watches_processors:
+            if (look := self._loop.next_look) is not None and self._clock() >= look:
                 self._loop.on_processors(self._processors.asleep(), self._clock())
             self._do(self._loop.tick(self._clock()))
             if self._copies():
@@ -150,8 +154,11 @@ class PrimaryEngine:
 
     def _patience(self) -> float:
         due = min(self._loop.next_tick(), self._copy.due) if self._copies() else self._loop.next_tick()
-        patience = max(0.0, due - self._clock())
-        return min(patience, _LOOK_S) if self._loop.watches_processors else patience
+        if self._next_listening is not None:
+            due = min(due, self._next_listening)
+        if (look := self._loop.next_look) is not None:
+            due = min(due, look)
+        return max(0.0, due - self._clock())
 
     def _guard(self, patience: float) -> None:
         """A loop that hangs holds the guest up: in a checkpoint, and with its disk writes and its output at any time.
@@ -162,6 +169,11 @@ class PrimaryEngine:
         if self._loop.phase in PAUSED and self._clock() > self._checkpoint_deadline:
             raise QemuError("xen-save-devices-state", f"not done within {_CHECKPOINT_LIMIT_S:g} s")
         self._watchdog.arm(patience + (_ASKING_SLACK_S if self._loop.phase is Phase.COPYING else 0.0))
+
+    def _listen(self) -> None:
+        if self._next_listening is not None and self._clock() >= self._next_listening:
+            self._next_listening = None
+            self._selector.register(self._buffers, selectors.EVENT_READ, self._on_output)
 
     def _do(self, acts: Acts) -> None:
         for act in acts:
@@ -213,7 +225,10 @@ class PrimaryEngine:
 
     def _on_output(self) -> None:
         if self._buffers.hear():
-            self._loop.on_output(self._clock())
+            now = self._clock()
+            self._loop.on_output(now)
+            self._selector.unregister(self._buffers)
+            self._next_listening = now + _LISTEN_S
         if self._buffers.is_filling:
             self._loop.on_filling()
 
@@ -222,7 +237,7 @@ class PrimaryEngine:
         if acts:
             self._stats.committed()
             if self._loop.learns_from_processors:
-                self._loop.on_released(self._processors.asleep())
+                self._loop.on_released(self._processors.asleep(), self._clock())
 
     def _on_disks(self) -> None:
         if not self._disks.may_read(self._loop.phase, self._link.queued):
@@ -256,6 +271,7 @@ class PrimaryEngine:
     def _buffer(self) -> None:
         self._note.leave()
         self._buffers.install()
+        self._talk.prepare()
         trip(Fault.BUFFERED)
 
     def _unbuffer(self) -> None:
@@ -332,6 +348,7 @@ class PrimaryEngine:
         trip(Fault.BEFORE_RELEASE)
         self._buffers.release()
         self._released = self._loop.epoch
+        self._talk.prepare()
 
     def _tell_overheard(self) -> None:
         """Should the guest go on from its last checkpoint, it has not heard what came since."""

@@ -65,7 +65,8 @@ def launcher(stack: ExitStack, folder: Path, ramdisk: Path, network: Network) ->
             "-append", f"console=ttyS0 quiet tsc=unstable ftvm.work={work}",
             "-netdev", f"tap,id=hostnet0,ifname=tap-{side},script=no,downscript=no",
             "-device", "virtio-net-pci,id=net0,netdev=hostnet0,mac=52:54:00:00:00:01", "-device", "virtio-rng-pci",
-            "-device", "virtio-balloon-pci", *(domain.LEGACY_VIRTIO if machine_type == "pc" else ()), *extra,
+            "-device", "virtio-balloon-pci", *domain.NO_IOEVENTFD,
+            *(domain.LEGACY_VIRTIO if machine_type == "pc" else ()), *extra,
             *(["-incoming", "defer", "-S"] if standby else [])], network)
         stack.callback(qemu.kill)
         return qemu

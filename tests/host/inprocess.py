@@ -277,10 +277,9 @@ class Comparison:
         buffers = ComparingBuffer(monitor, netfilter.interfaces(monitor))
         buffers.compare = self._compare
         processors = Processors(monitor)
-        save = qmp.encode("xen-save-devices-state", {"filename": gate.path, "live": False}, "save")
         try:
             self.phase = self._engine_type(
-                generation=GENERATION, memory=memory, talk=Conversation(monitor, gate, save, ended_mirror),
+                generation=GENERATION, memory=memory, talk=Conversation(monitor, gate, ended_mirror),
                 monitor=monitor, gate=gate, buffers=buffers, link=link,
                 mirror=mirror, fixed=read_only_contents(self._disks), shallow=self.shallow, log_limit=LOG_LIMIT,
                 loop=EpochLoop(Pace(Policy.FIXED, 0.02, 20.0, 0.5, 4, 2048), time.monotonic()), control=self._orders,

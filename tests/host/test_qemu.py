@@ -69,6 +69,35 @@ def listener(network: Network) -> Iterator[Listener]:
     made.socket.close()
 
 
+# The monitor
+
+
+def test_a_prepared_command_waits_for_its_end(guest: Qemu, monitor: qmp.Monitor) -> None:
+    monitor.receive()
+    monitor.prepare("stop", "save")
+    time.sleep(0.05)
+    assert guest.operator.command("query-status")["status"] == "running" and not monitor.receive()
+    monitor.complete()
+    wait_for("QEMU answers", lambda: {"return": {}, "id": "save"} in monitor.receive())
+    assert monitor.command("query-status")["status"] == "paused"
+    monitor.command("cont")
+
+
+def test_a_prepared_command_is_taken_back_by_another_and_by_the_end_of_its_sender(guest: Qemu) -> None:
+    with guest.monitor() as monitor:
+        monitor.prepare("stop", "save")
+        assert monitor.command("query-status")["status"] == "running"
+        assert not [message for message in monitor.receive() if "id" in message]
+        monitor.prepare("stop", "save")
+    with guest.monitor() as monitor:
+        assert monitor.command("query-status")["status"] == "running"
+        monitor.prepare("stop", "save")
+        assert monitor.command("query-status")["status"] == "running"
+        monitor.complete()  # It was taken back, so all of it is sent.
+        wait_for("QEMU answers", lambda: {"return": {}, "id": "save"} in monitor.receive())
+        monitor.command("cont")
+
+
 # Injection and memory
 
 

@@ -1,7 +1,6 @@
 """The engines' ports, faked: a QEMU that says what the test wants, RAM in a dict, a peer on a real socket."""
 
 import collections
-import json
 import os
 import select
 import socket
@@ -47,13 +46,14 @@ class Bell:
 
 
 class FakeQemu(Bell):
-    """ports.Monitor. `sent`: names of the commands that came, by `send` and by `command`."""
+    """ports.Monitor. `sent`: names of the commands that came whole, ids of those that were prepared."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sent: list[str] = []
         self.answers: dict[str, list[Any]] = collections.defaultdict(list)
         self._messages: list[dict[str, Any]] = []
+        self._prepared = ""
         self.gone = False
 
     def say(self, *messages: dict[str, Any]) -> None:
@@ -66,10 +66,16 @@ class FakeQemu(Bell):
     def answer(self, ident: str, error: str = "") -> None:
         self.say({"id": ident, "error": {"desc": error}} if error else {"id": ident, "return": {}})
 
-    def send(self, lines: bytes) -> None:
+    def prepare(self, command: str, ident: str, **arguments: Any) -> None:
         if self.gone:
             raise GuestGone("QEMU closed its monitor")
-        self.sent += [json.loads(line).get("id", "?") for line in lines.splitlines()]
+        self._prepared = ident
+
+    def complete(self) -> None:
+        if self.gone:
+            raise GuestGone("QEMU closed its monitor")
+        assert self._prepared, "nothing is prepared"
+        self.sent.append(self._prepared)
 
     def command(self, command: str, **arguments: Any) -> Any:
         self.sent.append(command)

@@ -9,8 +9,9 @@ from tests.unit.engine_fakes import FakeGate, FakeQemu
 class Bench:
     def __init__(self) -> None:
         self.qemu, self.gate = FakeQemu(), FakeGate()
-        self.talk = Conversation(self.qemu, self.gate, b'{"id":"save"}\n',
+        self.talk = Conversation(self.qemu, self.gate,
                                  lambda message: "cancelled" if message["event"] == "BLOCK_JOB_CANCELLED" else "")
+        self.talk.prepare()
 
     def events(self) -> list[GuestEvent]:
         return list(self.talk.events())
@@ -23,6 +24,7 @@ def bench() -> Bench:
 
 def test_the_save_goes_through_a_narrow_gate(bench: Bench) -> None:
     bench.gate.wide = True
+    assert not bench.qemu.sent
     bench.talk.begin()
     assert bench.qemu.sent == ["save"] and not bench.gate.wide
 

@@ -67,11 +67,12 @@ def test_arming_adds_a_monitor_and_takes_vhost_out():
     armed = domain.arm(PLAIN, MONITOR)
     assert domain.monitor_path(armed) == MONITOR
     assert ElementTree.fromstring(armed).find("./devices/interface/driver").get("name") == "qemu"
-    assert arguments(armed) == ["-chardev", f"socket,id=ftvm,path={MONITOR},server=on,wait=off",
+    assert arguments(armed) == [*domain.NO_IOEVENTFD, "-chardev", f"socket,id=ftvm,path={MONITOR},server=on,wait=off",
                                 "-mon", "chardev=ftvm,mode=control"]
 
 
 LEGACY = "-global", "virtio-blk-pci.disable-modern=on"
+VIRTIO = [*domain.NO_IOEVENTFD, *domain.LEGACY_VIRTIO]
 
 
 @pytest.mark.parametrize(("machine", "is_legacy"), [
@@ -79,7 +80,8 @@ LEGACY = "-global", "virtio-blk-pci.disable-modern=on"
 def test_virtio_devices_of_a_pc_speak_the_short_way(machine, is_legacy):
     xml = PLAIN.replace("<vcpu>", f"<os><type machine='{machine}'>hvm</type></os><vcpu>")
     said = arguments(domain.arm(xml, MONITOR, legacy_virtio=True))
-    assert (said[:len(domain.LEGACY_VIRTIO)] == list(domain.LEGACY_VIRTIO)) == is_legacy
+    assert said[:len(domain.NO_IOEVENTFD)] == list(domain.NO_IOEVENTFD)
+    assert (said[:len(VIRTIO)] == VIRTIO) == is_legacy
     assert (LEGACY[1] in said) == is_legacy
     assert LEGACY[1] not in arguments(domain.arm(xml, MONITOR))
 
@@ -90,7 +92,13 @@ def test_a_guest_keeps_what_its_devices_speak_on_its_way_to_another_host_and_hom
     assert domain.arm(armed, MONITOR, legacy_virtio=True) == armed
     standby = domain.standby(armed, "/there", MARK, HERE)
     for text in (standby, domain.ordinary(standby)):
-        assert arguments(text)[:len(domain.LEGACY_VIRTIO)] == list(domain.LEGACY_VIRTIO)
+        assert arguments(text)[:len(VIRTIO)] == VIRTIO
+
+
+def test_a_guest_that_was_armed_before_has_each_setting_once():
+    xml = PLAIN.replace("<vcpu>", "<os><type machine='pc'>hvm</type></os><vcpu>")
+    said = arguments(domain.arm(domain.arm(xml, MONITOR), MONITOR, legacy_virtio=True))
+    assert sorted(said[:len(VIRTIO)]) == sorted(VIRTIO) and len(said) == len(VIRTIO) + 4
 
 
 def test_devices_behind_an_iommu_speak_as_they_did():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -131,6 +132,46 @@ def test_what_is_no_monitor_is_refused(connect: Callable[..., qmp.Monitor]) -> N
 def test_no_socket_is_a_guest_that_is_gone(tmp_path: Path) -> None:
     with pytest.raises(GuestGone, match="no monitor at"):
         qmp.Monitor(str(tmp_path / "nothing.sock"))
+
+
+def test_a_prepared_command_comes_when_it_is_completed(connect: Callable[..., qmp.Monitor]) -> None:
+    def script(server: Server) -> None:
+        server.say({"event": "READY"})
+        heard.append(server.hear())
+        server.say({"return": {}, "id": "save"})
+
+    heard: list[Any] = []
+    monitor = connect(script)
+    monitor.prepare("xen-save-devices-state", "save", filename="gate", live=False)
+    select.select([monitor], [], [], 2.0)
+    assert monitor.receive() == [{"event": "READY"}] and not heard
+    monitor.complete()
+    assert wait_for_messages(monitor) == [{"return": {}, "id": "save"}]
+    assert heard == [{"execute": "xen-save-devices-state", "arguments": {"filename": "gate", "live": False},
+                      "id": "save"}]
+
+
+def test_another_command_takes_a_prepared_one_back_and_its_refusal_is_no_answer(
+        connect: Callable[..., qmp.Monitor]) -> None:
+    def script(server: Server) -> None:
+        for answer in ({"error": {"desc": "QMP input member 'taken-back' is unexpected"}}, {"return": "paused"},
+                       {"return": {}}):
+            heard.append(server.hear())
+            server.say({**answer, "id": heard[-1]["id"]})
+
+    heard: list[Any] = []
+    monitor = connect(script)
+    monitor.prepare("save", "save")
+    assert monitor.command("query-status") == "paused"
+    monitor.complete()
+    assert wait_for_messages(monitor) == [{"return": {}, "id": "save"}]
+    assert [command["execute"] for command in heard] == ["save", "query-status", "save"]
+    assert heard[0]["taken-back"] and "taken-back" not in heard[2]
+
+
+def wait_for_messages(monitor: qmp.Monitor) -> list[dict[str, Any]]:
+    assert select.select([monitor], [], [], 2.0)[0]
+    return monitor.receive()
 
 
 def test_a_batch_is_lines() -> None:
