@@ -113,6 +113,7 @@ class EpochLoop:
         self.reason = ""
         self._passes = 0
         self._seen = Measured(now)
+        #: The last checkpoint.
         self._began = now
         #: A checkpoint is needed at once, whatever the policy says.
         self._urgent = False
@@ -172,8 +173,9 @@ class EpochLoop:
     @property
     def next_look(self) -> float | None:
         """When somebody should look at them, and say so; None: they do not matter now."""
-        return policy.look(self._seen) if self.phase is Phase.RUNNING and policy.watches(
-            self._pace.policy, self._seen) else None
+        if self.phase is not Phase.RUNNING or not policy.watches(self._pace.policy, self._seen):
+            return None
+        return policy.look(self._seen)
 
     @property
     def learns_from_processors(self) -> bool:

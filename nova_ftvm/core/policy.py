@@ -25,6 +25,7 @@ import math
 _ASLEEP_S = 150e-6
 #: Who has never more to do than this takes has said all when it has said something.
 _BRIEF_S = 300e-6
+_NO_LONGER_BRIEF = 1.25
 #: The least time between two looks at them; after the first one none in this part of the time that the guest is busy.
 _LOOK_S = 100e-6
 _BLIND = 0.75
@@ -105,7 +106,7 @@ def on_released(seen: Measured, is_busy: bool) -> None:
     if _is_brief(seen):
         if is_busy or seen.output_since is not None:
             # It has more to do than it seemed: next time it is let, and looked at.
-            seen.busy_s = 2 * _BRIEF_S
+            seen.busy_s = _NO_LONGER_BRIEF * _BRIEF_S
     elif seen.gather_s == math.inf:
         if seen.busy_s > _PARTS * seen.commit_s:
             seen.gather_s = seen.busy_s / 2
