@@ -35,7 +35,7 @@ class Probes:
     def _parts(self) -> dict[str, Callable[[], int]]:
         parts: dict[str, Callable[[], int]] = {
             "guest": lambda: processes.qemu(self.primary, self.server_id),
-            "agent": lambda: self._agent(self.primary),
+            "agent": lambda: self._service(self.primary, AGENT),
             # Both hear of each stop of the guest.
             "libvirtd": lambda: self._service(self.primary, LIBVIRTD),
             "nova_compute": lambda: self._service(self.primary, COMPUTE),
@@ -46,12 +46,9 @@ class Probes:
                 "engine": lambda: processes.engine(self.primary, self.server_id, "primary"),
                 "backup_engine": lambda: processes.engine(backup, self.server_id, "backup"),
                 "backup_guest": lambda: processes.qemu(backup, self.server_id),
-                "backup_agent": lambda: self._agent(backup),
+                "backup_agent": lambda: self._service(backup, AGENT),
             }
         return parts
-
-    def _agent(self, node: Node) -> int:
-        return self._service(node, AGENT)
 
     def _service(self, node: Node, name: str) -> int:
         return processes.only(Machine(self.layout, node), name)[0]

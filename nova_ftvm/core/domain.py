@@ -19,7 +19,7 @@ loaded into it names devices by their place. What only belongs to the primary's 
 import copy
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from xml.etree import ElementTree
 
 from nova_ftvm.exception import Unsupported
@@ -39,7 +39,7 @@ _COMMANDLINE = f"{{{QEMU_NS}}}commandline"
 _ARG = f"{{{QEMU_NS}}}arg"
 _MARK = f"{{{FTVM_NS}}}standby"
 _CHARDEV = re.compile(rf"socket,id={MONITOR_ID},path=(?P<path>.*),server=on,wait=off")
-#: The machine whose virtio devices speak both ways, and those of its devices that do.
+#: The machine whose virtio devices speak both ways; those of its devices that do, and those that have an ioeventfd.
 _PC = re.compile(r"pc(-i440fx-.*)?")
 _BOTH_WAYS = ("balloon", "blk", "net", "rng", "scsi", "serial")
 _NOTIFIED = ("blk", "net", "rng", "scsi", "serial")
@@ -132,10 +132,8 @@ def arm(domain_xml: str, monitor_path: str, *, legacy_virtio: bool = False) -> s
             del driver.attrib["iothread"]
     foreign = _foreign_arguments(root)
     wanted = NO_IOEVENTFD + (LEGACY_VIRTIO if legacy_virtio and _knows_legacy_virtio(root) else ())
-    # Pairs of words: a device's setting comes once.
-    for option, value in zip(wanted[::2], wanted[1::2], strict=True):
-        if value not in foreign:
-            foreign += option, value
+    present = set(_pairs(foreign))
+    foreign += [word for pair in _pairs(wanted) if pair not in present for word in pair]
     _set_arguments(root, [*foreign, *_monitor_arguments(monitor_path)])
     return _text(root)
 
@@ -250,7 +248,7 @@ def _monitor_arguments(path: str) -> list[str]:
             "-mon", f"chardev={MONITOR_ID},mode=control"]
 
 
-def _pairs(arguments: list[str]) -> Iterator[tuple[str, ...]]:
+def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """Options with their values; an option without a value comes alone."""
     position = 0
     while position < len(arguments):

@@ -133,7 +133,7 @@ class PrimaryEngine:
     def _turn(self) -> None:
         try:
             self._watch_disks()
-            self._listen()
+            self._watch_output()
             patience = self._patience()
             self._guard(patience)
             for key, _ in self._selector.select(patience):
@@ -169,11 +169,6 @@ class PrimaryEngine:
         if self._loop.phase in PAUSED and self._clock() > self._checkpoint_deadline:
             raise QemuError("xen-save-devices-state", f"not done within {_CHECKPOINT_LIMIT_S:g} s")
         self._watchdog.arm(patience + (_ASKING_SLACK_S if self._loop.phase is Phase.COPYING else 0.0))
-
-    def _listen(self) -> None:
-        if self._next_listening is not None and self._clock() >= self._next_listening:
-            self._next_listening = None
-            self._selector.register(self._buffers, selectors.EVENT_READ, self._on_output)
 
     def _do(self, acts: Acts) -> None:
         for act in acts:
@@ -382,6 +377,14 @@ class PrimaryEngine:
         elif now >= self._next_progress:
             self._next_progress = now + _PROGRESS_S
             self._control.report("syncing", percent=round(self._copy.percent, 2))
+
+    # The output
+
+    def _watch_output(self) -> None:
+        """Wakes up for what the guest sends, unless it has sent something just now."""
+        if self._next_listening is not None and self._clock() >= self._next_listening:
+            self._next_listening = None
+            self._selector.register(self._buffers, selectors.EVENT_READ, self._on_output)
 
     # The disks
 

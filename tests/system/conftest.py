@@ -44,6 +44,9 @@ def _told(stage: Stage) -> Iterator[str]:
                 if console.exists():
                     yield f"its console on {node.name}:"
                     yield from console.read_text(errors="replace").splitlines()[-12:]
+                for engine in sorted((stage.layout.runtime(node) / server.id).glob("*.log")):
+                    yield f"its {engine.stem} engine on {node.name}:"
+                    yield from engine.read_text(errors="replace").splitlines()[-12:]
     except ClientException as error:
         yield f"Nova does not answer: {error}"
     log = stage.layout.logs(CONTROL) / "nova-ftvm-manager.log"

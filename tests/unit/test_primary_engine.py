@@ -285,6 +285,19 @@ def test_processors_are_looked_at_while_output_is_gathered(tmp_path: Path) -> No
     assert bench.loop.phase is Phase.STOPPING
 
 
+def test_the_policy_learns_whether_the_guest_ran_dry_before_its_epoch_was_acknowledged(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, dataclasses.replace(PACE, policy=Policy.ADAPTIVE))
+    bench.checkpoint()
+    learned = []
+    for is_asleep in (True, False):
+        bench.processors.is_asleep = is_asleep
+        bench.loop._seen.gather_s, bench.loop._seen.busy_s = 0.01, 0.02
+        bench.loop.on_filling()
+        bench.checkpoint()
+        learned.append(bench.loop._seen.gather_s)
+    assert learned[0] < 0.01 < learned[1]
+
+
 def test_nobody_wakes_up_for_each_packet(tmp_path: Path) -> None:
     bench = Bench(tmp_path, dataclasses.replace(PACE, epoch_s=100.0))
     bench.checkpoint()
