@@ -182,6 +182,16 @@ class Watchdog(Protocol):
     def disarm(self) -> None: ...
 
 
+class Precedence(Protocol):
+    """Who works in a pause goes before whatever else runs on the host. Never fails."""
+
+    def take(self) -> None:
+        """BEFORE each checkpoint."""
+
+    def leave(self) -> None:
+        """As soon as the guest runs again. Idempotent."""
+
+
 class Replay(Protocol):
     """The standby's interfaces, once the guest runs here."""
 

@@ -37,6 +37,7 @@ from nova_ftvm.host.gate import Gate
 from nova_ftvm.host.memory import GuestMemory, TrackedMemory, ram_blocks
 from nova_ftvm.host.netbuf import OutputBuffer
 from nova_ftvm.host.note import NoteFile
+from nova_ftvm.host.precedence import NoPrecedence, Precedence
 from nova_ftvm.host.processors import Processors
 from nova_ftvm.host.replay import Replay
 from nova_ftvm.host.watchdog import Watchdog
@@ -79,6 +80,7 @@ class Order:
     live_passes: int
     live_rest_pages: int
     nice: int
+    realtime_pauses: bool
     frame_limit_bytes: int
 
     @classmethod
@@ -136,15 +138,17 @@ def run_primary(order: Order, control: ControlServer) -> int:
     processors = Processors(monitor)
     mirror = DiskMirror(monitor, disks, order.path("disks.sock"), order.qemu_owner, order.disk_copy_mib_s << 20,
                         _MAX_REQUEST)
-    gate = Gate(order.path("state.fifo"), order.qemu_owner)
+    precedence = Precedence(monitor.pid) if order.realtime_pauses else NoPrecedence()
+    gate = Gate(order.path("state.fifo"), order.qemu_owner, precedence.leave)
     pace = Pace(policy=Policy(order.policy), epoch_s=order.epoch_ms / 1000, ack_limit_s=order.ack_limit_ms / 1000,
                 beat_s=order.beat_ms / 1000, live_passes=order.live_passes, live_rest_pages=order.live_rest_pages)
     engine = PrimaryEngine(
         generation=order.generation, loop=EpochLoop(pace, time.monotonic()), memory=memory,
         talk=Conversation(monitor, gate, ended_mirror), monitor=monitor, gate=gate, buffers=buffers,
         mirror=mirror, fixed=read_only_contents(disks), shallow=shallow, log_limit=order.disk_log_mib << 20, link=link,
-        note=note, processors=processors, control=control, pidfd=pidfd, watchdog=Watchdog(order.hold_limit_ms / 1000),
-        stats=EpochLog(order.path("epochs.jsonl")), frame_limit=order.frame_limit_bytes)
+        note=note, processors=processors, precedence=precedence, control=control, pidfd=pidfd,
+        watchdog=Watchdog(order.hold_limit_ms / 1000), stats=EpochLog(order.path("epochs.jsonl")),
+        frame_limit=order.frame_limit_bytes)
     control.report("started")
     try:
         phase = engine.run()

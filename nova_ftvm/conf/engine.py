@@ -51,6 +51,11 @@ OPTS = [
         "nice", default=-10, min=-20, max=19,
         help="Scheduling priority of the engines' processes. They need little of a processor, but at once: a "
              "guest stands still while they wait for one."),
+    cfg.BoolOpt(
+        "realtime_pauses", default=True,
+        help="While a guest stands still for a checkpoint, QEMU's main thread and the engine, which end that, go "
+             "before whatever else runs on the host: with the lowest real-time priority. A main thread that has "
+             "another scheduling policy than the usual one keeps it."),
     cfg.IntOpt(
         "frame_limit_bytes", default=16 << 20, min=1 << 16, max=1 << 28,
         help="Longest frame that is accepted or sent."),

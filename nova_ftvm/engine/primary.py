@@ -53,8 +53,9 @@ class PrimaryEngine:
     def __init__(self, *, generation: Generation, loop: EpochLoop, memory: ports.Memory, talk: Conversation,
                  monitor: ports.Monitor, gate: ports.Gate, buffers: ports.NetBuffer, mirror: ports.Mirror,
                  fixed: Iterator[DiskWrite], shallow: Collection[int], log_limit: int, link: Link, note: ports.Note,
-                 processors: ports.Processors, control: ports.Control, pidfd: int, watchdog: ports.Watchdog,
-                 stats: EpochLog, frame_limit: int, clock: Callable[[], float] = time.monotonic) -> None:
+                 processors: ports.Processors, precedence: ports.Precedence, control: ports.Control, pidfd: int,
+                 watchdog: ports.Watchdog, stats: EpochLog, frame_limit: int,
+                 clock: Callable[[], float] = time.monotonic) -> None:
         """fixed: contents of the disks that nobody writes to. shallow: the disks whose replica lies on the same base.
         log_limit: bytes of disk writes that may be on their way."""
         self._generation = generation
@@ -69,6 +70,7 @@ class PrimaryEngine:
         self._asks = False
         self._note = note
         self._processors = processors
+        self._precedence = precedence
         self._control = control
         self._pidfd = pidfd
         self._watchdog = watchdog
@@ -123,6 +125,7 @@ class PrimaryEngine:
             while self._loop.phase not in OVER:
                 self._turn()
         finally:
+            self._precedence.leave()
             self._unmirror()
             self._watchdog.disarm()
             self._stats.close()
@@ -290,6 +293,7 @@ class PrimaryEngine:
         trip(Fault.BEFORE_SAVE)
         self._checkpoint_deadline = self._clock() + _CHECKPOINT_LIMIT_S
         self._watchdog.arm()
+        self._precedence.take()
         self._talk.begin()
         trip(Fault.SAVE_SENT)
 
@@ -313,6 +317,7 @@ class PrimaryEngine:
         trip(Fault.GATE_OPEN)
 
     def _finish_checkpoint(self) -> None:
+        self._precedence.leave()
         # The guest runs, and its output waits for us all the same.
         self._watchdog.arm()
         if self._gate in self._selector.get_map():

@@ -7,13 +7,15 @@ It must be a named FIFO: QEMU opens the target with O_TRUNC, which fails on a pi
 A FIFO without a reader has a trap: to open it for writing waits for one, for ever. An engine that dies between its
 command and QEMU's open would leave QEMU, and the guest, waiting there. So each gate has a keeper, a forked process
 that does nothing until the engine is gone: then it lets QEMU in, throws away what it writes, and takes the path away,
-so that whoever opens it later gets an ordinary file (doc/source/contributor/decisions/gate-keeper.rst).
+so that whoever opens it later gets an ordinary file (doc/source/contributor/decisions/gate-keeper.rst). Before that it
+gives QEMU back what else the engine took from it for the pause.
 """
 
 import contextlib
 import fcntl
 import os
 import select
+from collections.abc import Callable
 from typing import NoReturn
 
 F_SETPIPE_SZ = 1031
@@ -28,7 +30,9 @@ _MOST_FDS = 1 << 20
 class Gate:
     """When this process dies, its keeper lets QEMU go on."""
 
-    def __init__(self, path: str, owner: tuple[int, int] | None = None) -> None:
+    def __init__(self, path: str, owner: tuple[int, int] | None = None,
+                 give_back: Callable[[], None] = lambda: None) -> None:
+        """owner: user and group of QEMU. give_back: what the keeper does first."""
         if os.path.lexists(path):
             os.unlink(path)
         os.mkfifo(path, 0o600)
@@ -40,7 +44,7 @@ class Gate:
         engine_lives, self._lives = os.pipe()
         self._keeper = os.fork()
         if self._keeper == 0:
-            _keep(path, os.fstat(self._fd).st_ino, engine_lives)
+            _keep(path, os.fstat(self._fd).st_ino, engine_lives, give_back)
         os.close(engine_lives)
         self.narrow()
 
@@ -72,12 +76,13 @@ class Gate:
         os.close(self._fd)
 
 
-def _keep(path: str, inode: int, engine_lives: int) -> NoReturn:
+def _keep(path: str, inode: int, engine_lives: int, give_back: Callable[[], None]) -> NoReturn:
     """The keeper's whole life, in a process of its own that holds nothing else of the engine's."""
     try:
         os.closerange(0, engine_lives)
         os.closerange(engine_lives + 1, _MOST_FDS)
         os.read(engine_lives, 1)
+        give_back()
         entrance = _let_in(path, inode)
         if entrance is not None:
             waiting = select.poll()

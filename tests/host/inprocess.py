@@ -43,6 +43,7 @@ from nova_ftvm.host.disks import (
 from nova_ftvm.host.gate import Gate
 from nova_ftvm.host.memory import GuestMemory, TrackedMemory, ram_blocks
 from nova_ftvm.host.netbuf import OutputBuffer
+from nova_ftvm.host.precedence import NoPrecedence
 from nova_ftvm.host.processors import Processors
 from nova_ftvm.types import PAGE, Disk, Generation
 from tests.host.images import SECTOR
@@ -283,7 +284,7 @@ class Comparison:
                 monitor=monitor, gate=gate, buffers=buffers, link=link,
                 mirror=mirror, fixed=read_only_contents(self._disks), shallow=self.shallow, log_limit=LOG_LIMIT,
                 loop=EpochLoop(Pace(Policy.FIXED, 0.02, 20.0, 0.5, 4, 2048), time.monotonic()), control=self._orders,
-                pidfd=pidfd, watchdog=NoWatchdog(), note=NoNote(), processors=processors,
+                pidfd=pidfd, watchdog=NoWatchdog(), note=NoNote(), processors=processors, precedence=NoPrecedence(),
                 stats=StopLog(str(self._folder / "epochs.jsonl"), memory.at_stop), frame_limit=LIMIT).run()
         finally:
             gate.close()

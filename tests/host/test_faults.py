@@ -3,6 +3,7 @@
 One guest lives through all of it; its workload checks its memory all the time, its session is checked by each case.
 """
 
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -66,6 +67,11 @@ def ask_until_silence(session: Session, engine: Engine) -> tuple[bytes, float]:
         assert session.count < 2000, "the fault did not come"
 
 
+def has_precedence(guest: Qemu) -> bool:
+    """Before whatever else runs on the host (host/precedence.py)."""
+    return os.sched_getscheduler(guest.process.pid) != os.SCHED_OTHER
+
+
 def stays_silent(session: Session) -> bool:
     return not session.hears_within(0.4)
 
@@ -83,10 +89,19 @@ def test_the_guest_runs_on_in_silence_when_its_engine_fails(point: Fault, how: s
         assert "no heartbeat" in pair.backup.hear("ask_promotion")["evidence"]
         assert stays_silent(session), "output left that nobody may release"
         wait_for("the watchdog ends an engine that does not go on", pair.primary.ended, bound_s)
+        wait_for("nothing is left of its precedence", lambda: not has_precedence(primary), 1.0)
         pair.end()
         session.receive(unanswered)
         session.exchange(5)
         primary.await_sound("churn")
+
+
+def test_qemu_has_precedence_in_a_pause_and_not_after_it(primary: Qemu, standby: Qemu, session: Session) -> None:
+    with protected(primary, standby, primary_fault=f"{Fault.CAPTURED.value}:stop:{PASSES['primary']}") as pair:
+        wait_for("the engine is stopped in a pause", pair.primary.has_tripped)
+        assert has_precedence(primary)
+        wait_for("the keeper gives it back", lambda: not has_precedence(primary))
+        primary.await_ticks()
 
 
 @pytest.mark.parametrize("how", HOWS)

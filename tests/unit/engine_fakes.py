@@ -179,6 +179,21 @@ class FakeProcessors:
         return self.is_asleep
 
 
+class FakePrecedence:
+    """ports.Precedence. `sent` is told what is done here."""
+
+    def __init__(self, sent: list[str]) -> None:
+        self._sent = sent
+        self.taken = False
+
+    def take(self) -> None:
+        self.taken = True
+        self._sent.append("precedence")
+
+    def leave(self) -> None:
+        self.taken = False
+
+
 class FakeNote:
     """ports.Note. `text`: what it says; None: there is none."""
 

@@ -26,6 +26,7 @@ from tests.unit.engine_fakes import (
     FakeMemory,
     FakeMirror,
     FakeNote,
+    FakePrecedence,
     FakeProcessors,
     FakeQemu,
     FakeWatchdog,
@@ -49,6 +50,7 @@ class Bench:
         self.peer, self.control, self.watchdog, self.pidfd = Peer(theirs), FakeControl(), FakeWatchdog(), Bell()
         self.buffers, self.mirror = FakeBuffer(self.qemu.sent), FakeMirror(DISKS)
         self.note, self.processors = FakeNote(self.qemu.sent), FakeProcessors()
+        self.precedence = FakePrecedence(self.qemu.sent)
         self.loop = EpochLoop(pace, self.clock.now)
         self.engine = PrimaryEngine(
             generation=GENERATION, loop=self.loop, memory=self.memory, monitor=self.qemu, gate=self.gate,
@@ -56,8 +58,8 @@ class Bench:
                               lambda message: message["event"] if message["event"].startswith("BLOCK_JOB") else ""),
             buffers=self.buffers, mirror=self.mirror, fixed=iter([write(2, 0, b"config")]), shallow={1},
             log_limit=LOG_LIMIT, link=Link(ours, GENERATION, LIMIT), note=self.note, processors=self.processors,
-            control=self.control, pidfd=self.pidfd.fileno(), watchdog=self.watchdog, frame_limit=LIMIT,
-            stats=EpochLog(str(folder / "epochs.jsonl"), self.clock), clock=self.clock)
+            precedence=self.precedence, control=self.control, pidfd=self.pidfd.fileno(), watchdog=self.watchdog,
+            frame_limit=LIMIT, stats=EpochLog(str(folder / "epochs.jsonl"), self.clock), clock=self.clock)
         # The clock stands still, so a turn must not wait by it: only for what is on its way already.
         self.engine._patience = lambda: 0.002
 
@@ -119,7 +121,7 @@ def test_the_first_copy_goes_out_before_anything_is_held(bench: Bench) -> None:
     bench.copy()
     assert set(bench.peer.kinds()) == {"PRELOAD", "DISK_PRELOAD"}
     assert [sent for sent in bench.qemu.sent if sent != "transaction"] == [
-        "note", "install", "save"]
+        "note", "install", "precedence", "save"]
     assert bench.watchdog.armed
 
 
@@ -144,6 +146,25 @@ def test_an_epoch_goes_out_whole_and_in_order_and_its_output_waits(bench: Bench)
     assert "release" not in bench.qemu.sent and bench.control.told == []
     bench.acknowledge(1)
     assert bench.qemu.sent.count("release") == 1 and bench.control.told == ["protected"]
+
+
+@pytest.mark.parametrize("error", ["", "no space"])
+def test_engine_and_qemu_have_precedence_until_the_guest_runs_again(bench: Bench, error: str) -> None:
+    bench.copy()
+    bench.stop_guest()
+    bench.begin_state()
+    assert bench.precedence.taken
+    bench.end_save(error)
+    assert not bench.precedence.taken
+
+
+def test_an_engine_that_fails_in_a_pause_gives_its_precedence_back(bench: Bench) -> None:
+    bench.copy()
+    bench.stop_guest()
+    bench.clock.now += 31
+    with pytest.raises(QemuError, match="not done"):
+        bench.engine.run()
+    assert not bench.precedence.taken
 
 
 def test_what_the_guest_sends_brings_the_next_checkpoint_and_is_covered_up_to_its_stop(tmp_path: Path) -> None:
