@@ -17,6 +17,7 @@ from nova_ftvm.engine.link import Link
 from nova_ftvm.engine.primary import PrimaryEngine
 from nova_ftvm.engine.stats import EpochLog
 from nova_ftvm.exception import QemuError
+from nova_ftvm.types import Buffer
 from tests.unit.engine_fakes import (
     Bell,
     Clock,
@@ -156,6 +157,21 @@ def test_engine_and_qemu_have_precedence_until_the_guest_runs_again(bench: Bench
     assert bench.precedence.taken
     bench.end_save(error)
     assert not bench.precedence.taken
+
+
+@pytest.mark.parametrize("seconds", [0.001, 0.01])
+def test_a_long_epoch_is_shipped_without_precedence(bench: Bench, seconds: float) -> None:
+    bench.copy()
+    bench.stop_guest()
+    send = bench.engine._freight._send
+
+    def take_time(frame: list[Buffer]) -> None:
+        bench.clock.now += seconds
+        send(frame)
+    bench.engine._freight._send = take_time
+    bench.memory.put(0, 5, 50)
+    bench.begin_state()
+    assert bench.precedence.taken == (seconds < 0.002)
 
 
 def test_an_engine_that_fails_in_a_pause_gives_its_precedence_back(bench: Bench) -> None:
