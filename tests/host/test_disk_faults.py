@@ -119,7 +119,9 @@ def test_the_guest_writes_on_when_the_backups_host_dies_in_mid_copy(primary: Qem
         writes_on(primary)
 
 
-def test_the_guest_writes_on_when_the_backups_disk_is_full(primary: Qemu, launch: Launch, image_folder: Path) -> None:
+def test_the_guest_writes_on_when_the_backups_disk_is_full(primary: Qemu, launch: Launch, image_folder: Path,
+                                                           network: Network) -> None:
+    bench = Bench(network)
     with small_disk(image_folder / "small", 64) as place:
         disks = standbys(image_folder, SHAPES, TAGS)
         for disk in disks:
@@ -129,9 +131,13 @@ def test_the_guest_writes_on_when_the_backups_disk_is_full(primary: Qemu, launch
             with contextlib.suppress(OSError), (place / "rest").open("wb", 0) as file:
                 while True:
                     file.write(bytes(1 << 20))
+            # The ledger may have all its blocks by now.
+            bench.start("vdb", "seq", 1 << 20, sync=False, seconds=0.5, depth=4, span_mib=32)
             assert "No space left" in pair.backup.hear("failed")["reason"]
             goes_on_alone(pair)
             writes_on(primary)
+    bench.result()
+    bench.close()
 
 
 @contextlib.contextmanager
