@@ -123,6 +123,8 @@ class Agent:
         #: Pair -> the newest generation that an engine was started for here. What is left to be done for an older one,
         #: or ordered late, must not touch the guest any more: it is a newer engine's.
         self._newest: dict[str, int] = {}
+        #: Pair -> the newest generation whose end was ordered here: no engine of it is started any more.
+        self._over: dict[str, int] = {}
         self._turns = _Turns()
 
     # AgentApi
@@ -159,15 +161,18 @@ class Agent:
 
     def stop_engine(self, pair_id: str, generation: int, reason: str) -> dict[str, Any]:
         stopped = True
-        for role in Role:
-            watched = self._engines.get((pair_id, role.value))
-            if watched is None or watched.engine.generation > generation:
-                # An order that was long on its way must not end what began after it.
-                continue
-            if watched.promoted:
-                stopped = False
-                continue
-            self._stop(watched, reason)
+        with self._turns.of(pair_id):
+            # Who ends a pair while it is made may be faster than the order that starts its engine.
+            self._over[pair_id] = max(generation, self._over.get(pair_id, 0))
+            for role in Role:
+                watched = self._engines.get((pair_id, role.value))
+                if watched is None or watched.engine.generation > generation:
+                    # An order that was long on its way must not end what began after it.
+                    continue
+                if watched.promoted:
+                    stopped = False
+                    continue
+                self._stop(watched, reason)
         return {"stopped": stopped}
 
     def hand_over(self, instance_id: str) -> dict[str, Any]:
@@ -238,6 +243,8 @@ class Agent:
     def _start(self, role: Role, pair_id: str, generation: int, instance_id: str, token: str, address: str,
                port: int, policy: str = "") -> _Watched:
         with self._turns.of(pair_id):
+            if self._over.get(pair_id, 0) >= generation:
+                raise FtvmError(f"generation {generation} is over, its end was ordered")
             old = self._engines.get((pair_id, role.value))
             if old is not None:
                 if old.engine.generation == generation:

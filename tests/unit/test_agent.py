@@ -1,6 +1,7 @@
 """engine/agent.py: carries questions and answers, forgets nothing that matters, destroys nothing that runs."""
 
 import inspect
+import threading
 from typing import Any
 
 import pytest
@@ -442,6 +443,35 @@ def test_a_stop_that_comes_late_ends_nothing(host: Host) -> None:
     engine = host.primary(5)
     host.call("stop_engine", pair_id=PAIR, generation=4, reason="long ago")
     assert engine.orders == [] and host.guests.unbuffered == []
+
+
+@pytest.mark.parametrize("role", ["primary", "backup"])
+def test_a_start_that_is_overtaken_by_its_stop_is_refused(host: Host, role: str) -> None:
+    host.call("stop_engine", pair_id=PAIR, generation=4, reason="the server is copied to an image")
+    host.call("stop_engine", pair_id=PAIR, generation=2, reason="long ago")
+    with pytest.raises(FtvmError, match="generation 3 is over, its end was ordered"):
+        getattr(host, role)(3)
+    assert host.engines == [] and host.listed() == []
+    getattr(host, role)(5)
+    assert host.listed() == [(role, 5)]
+
+
+def test_a_stop_waits_for_a_start_that_it_meets_and_ends_it(host: Host) -> None:
+    begun, meanwhile = threading.Event(), threading.Event()
+    start = host.agent._start_engine
+
+    def slow(request: dict[str, Any]) -> FakeEngine:
+        begun.set()
+        meanwhile.wait(0.2)
+        return start(request)
+
+    host.agent._start_engine = slow
+    starting = threading.Thread(target=host.primary)
+    starting.start()
+    assert begun.wait(5.0)
+    host.call("stop_engine", pair_id=PAIR, generation=4, reason="the server is copied to an image")
+    starting.join(5.0)
+    assert host.engines[0].told[0] == "stop"
 
 
 @pytest.mark.parametrize("last_words", [None, ["gone"]], ids=["hangs", "dies"])
