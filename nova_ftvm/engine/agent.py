@@ -160,19 +160,20 @@ class Agent:
         return {}
 
     def stop_engine(self, pair_id: str, generation: int, reason: str) -> dict[str, Any]:
-        stopped = True
+        # Who ends a pair while it is made may be faster than the order that starts its engine. A start that goes on now
+        # is waited for, and its engine is stopped below.
         with self._turns.of(pair_id):
-            # Who ends a pair while it is made may be faster than the order that starts its engine.
             self._over[pair_id] = max(generation, self._over.get(pair_id, 0))
-            for role in Role:
-                watched = self._engines.get((pair_id, role.value))
-                if watched is None or watched.engine.generation > generation:
-                    # An order that was long on its way must not end what began after it.
-                    continue
-                if watched.promoted:
-                    stopped = False
-                    continue
-                self._stop(watched, reason)
+        stopped = True
+        for role in Role:
+            watched = self._engines.get((pair_id, role.value))
+            if watched is None or watched.engine.generation > generation:
+                # An order that was long on its way must not end what began after it.
+                continue
+            if watched.promoted:
+                stopped = False
+                continue
+            self._stop(watched, reason)
         return {"stopped": stopped}
 
     def hand_over(self, instance_id: str) -> dict[str, Any]:

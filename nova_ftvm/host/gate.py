@@ -7,8 +7,8 @@ It must be a named FIFO: QEMU opens the target with O_TRUNC, which fails on a pi
 A FIFO without a reader has a trap: to open it for writing waits for one, for ever. An engine that dies between its
 command and QEMU's open would leave QEMU, and the guest, waiting there. So each gate has a keeper, a forked process
 that does nothing until the engine is gone: then it lets QEMU in, throws away what it writes, and takes the path away,
-so that whoever opens it later gets an ordinary file (doc/source/contributor/decisions/gate-keeper.rst). Before that it
-gives QEMU back what else the engine took from it for the pause.
+so that whoever opens it later gets an ordinary file (doc/source/contributor/decisions/gate-keeper.rst). Once QEMU is
+let in it also gets back what else the engine changed of it for the pause.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ class Gate:
 
     def __init__(self, path: str, owner: tuple[int, int] | None = None,
                  give_back: Callable[[], None] = lambda: None) -> None:
-        """owner: user and group of QEMU. give_back: what the keeper does first."""
+        """owner: user and group of QEMU. give_back: what the keeper does as soon as QEMU is let in."""
         if os.path.lexists(path):
             os.unlink(path)
         os.mkfifo(path, 0o600)
@@ -82,8 +82,8 @@ def _keep(path: str, inode: int, engine_lives: int, give_back: Callable[[], None
         os.closerange(0, engine_lives)
         os.closerange(engine_lives + 1, _MOST_FDS)
         os.read(engine_lives, 1)
-        give_back()
         entrance = _let_in(path, inode)
+        give_back()
         if entrance is not None:
             waiting = select.poll()
             waiting.register(entrance, select.POLLIN)

@@ -62,7 +62,8 @@ class NoPrecedence:
 
 def _give_back(thread: int) -> None:
     if _policy(thread) == _OURS:
-        with contextlib.suppress(ProcessLookupError):
+        # To end it needs the right as well: an engine that has lost it leaves what an older one left.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.sched_setscheduler(thread, os.SCHED_OTHER, _NONE)
 
 

@@ -97,7 +97,8 @@ def test_the_guest_runs_on_in_silence_when_its_engine_fails(point: Fault, how: s
 
 
 def test_qemu_has_precedence_in_a_pause_and_not_after_it(primary: Qemu, standby: Qemu, session: Session) -> None:
-    with protected(primary, standby, primary_fault=f"{Fault.CAPTURED.value}:stop:{PASSES['primary']}") as pair:
+    with protected(primary, standby, primary_fault=f"{Fault.CAPTURED.value}:stop:{PASSES['primary']}",
+                   hold_limit_ms=2000.0) as pair:
         wait_for("the engine is stopped in a pause", pair.primary.has_tripped)
         assert has_precedence(primary)
         wait_for("the keeper gives it back", lambda: not has_precedence(primary))

@@ -354,10 +354,10 @@ def test_a_narrow_gate_stops_the_writer_until_it_is_drained(tmp_path: Path) -> N
 
 
 @contextmanager
-def gate_of_another(path: str) -> Iterator[subprocess.Popen[bytes]]:
+def gate_of_another(path: str, give_back: str = "lambda: None") -> Iterator[subprocess.Popen[bytes]]:
     """A process that holds a gate, and does nothing with it."""
     owner = subprocess.Popen([sys.executable, "-c", "from nova_ftvm.host.gate import Gate; import time\n"
-                              f"g = Gate({path!r}); print(flush=True); time.sleep(60)"], cwd=ROOT,
+                              f"g = Gate({path!r}, None, {give_back}); print(flush=True); time.sleep(60)"], cwd=ROOT,
                              stdout=subprocess.PIPE, preexec_fn=die_with_the_tests)
     assert owner.stdout is not None
     owner.stdout.readline()
@@ -379,6 +379,15 @@ def test_a_writer_is_not_kept_when_the_gates_owner_dies(tmp_path: Path) -> None:
         # The keeper came in time, or the writer was told that nobody reads; QEMU takes both.
         assert writer.wait(5.0) in (0, -signal.SIGPIPE)
     wait_for("the path goes", lambda: not os.path.exists(path), 5.0)
+
+
+def test_a_gate_keeps_nobody_though_nothing_can_be_given_back(tmp_path: Path) -> None:
+    path = str(tmp_path / "gate")
+    with gate_of_another(path, give_back="lambda: 1 / 0") as owner:
+        owner.kill()
+        owner.wait()
+        late = subprocess.Popen(["sh", "-c", f"echo state > '{path}'"], preexec_fn=die_with_the_tests)
+        late.wait(5.0)
 
 
 @pytest.mark.parametrize("later_s", [0.0, 0.001, 0.01, 0.5])

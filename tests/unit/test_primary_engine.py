@@ -168,6 +168,7 @@ def test_a_long_epoch_is_shipped_without_precedence(bench: Bench, seconds: float
     def take_time(frame: list[Buffer]) -> None:
         bench.clock.now += seconds
         send(frame)
+
     bench.engine._freight._send = take_time
     bench.memory.put(0, 5, 50)
     bench.begin_state()
