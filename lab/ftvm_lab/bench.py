@@ -1,4 +1,5 @@
-"""The benchmark: one guest, unprotected and under each policy, the same work, in one run.
+"""The benchmark: one guest, unprotected and under each policy, the same work, in one run; forwards and back again, so
+that a machine that becomes faster or slower meanwhile does so for all.
 
 Run as `python -m ftvm_lab.bench [--quick]`; brings the lab up if it is down. Writes the figures after each workload,
 and at the end the pictures beside them. Ends with 0 if every workload could be measured under every policy.
@@ -6,18 +7,20 @@ and at the end the pictures beside them. Ends with 0 if every workload could be 
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ftvm_lab import bench_figures, bench_work, cloud, failover
 from ftvm_lab.bench_client import WORK_PORT
-from ftvm_lab.bench_figures import POLICIES, UNPROTECTED, Rows
+from ftvm_lab.bench_figures import POLICIES, UNPROTECTED, Row, Rows
 from ftvm_lab.bench_probes import Probes
-from ftvm_lab.bench_work import Outcome, Workload
+from ftvm_lab.bench_work import Workload
 from ftvm_lab.command import LabError, Progress
 from ftvm_lab.failover import Kind, Stage
 from ftvm_lab.layout import Layout, compute
@@ -30,12 +33,10 @@ BOOT_TIMEOUT_S = 300.0
 PROTECT_TIMEOUT_S = 300.0
 END_TIMEOUT_S = 120.0
 GUEST = Kind(DATABASE_IMAGE, DATABASE_FLAVOR, WORK_PORT, BOOT_TIMEOUT_S)
-#: Seconds of each workload.
-FULL_S, QUICK_S = 8.0, 3.0
-#: After protection has begun or ended: what the first copy left to do is over then.
+#: Seconds of each workload, each time.
+FULL_S, QUICK_S = 4.0, 3.0
+#: After protection has begun or ended, and what the first copy wrote is on the disks.
 SETTLE_S = 3.0
-#: Measured again, unprotected, at the end: did the machine itself change meanwhile?
-AGAIN = ("echo_1", "echo_64", "http_64", "processor")
 
 
 @dataclass(slots=True)
@@ -51,15 +52,15 @@ class Bench:
     quick: bool
     #: What `make bench-pause` found just before.
     pause: dict[str, Any] | None
-    rows: Rows = field(default_factory=dict)
-    again: dict[str, Outcome] = field(default_factory=dict)
+    #: Of each workload and policy what was measured, each time.
+    measured: dict[str, dict[str, list[Row]]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
     def expose(self) -> Probes:
         """Without protection; the guest goes on."""
         self.stage.openstack(["server", "set", "--property", "ft=false", self.name])
         self.stage.servers.wait_for_state(self.server_id, "unprotected", END_TIMEOUT_S)
-        time.sleep(SETTLE_S)
+        _settle()
         return Probes(self.stage.layout, self.server_id, compute(self.stage.servers.host(self.server_id)), None)
 
     def protect(self, policy: str) -> Probes:
@@ -69,7 +70,7 @@ class Bench:
         found = failover.wait_for_protection(self.stage, self.server_id, PROTECT_TIMEOUT_S)
         if found.backup_host is None:
             raise LabError(f"{self.name} is protected, and its pair names no backup's host")
-        time.sleep(SETTLE_S)
+        _settle()
         return Probes(self.stage.layout, self.server_id, compute(found.primary_host), compute(found.backup_host))
 
     def measure(self, policy: str, probes: Probes, save: Callable[[], None]) -> None:
@@ -86,22 +87,22 @@ class Bench:
             self.failures.append(f"{policy}: the pair came to generation {now.generation}: {now.state}, {now.reason}")
 
     def _measure_one(self, policy: str, workload: Workload, probes: Probes) -> None:
-        base = None if policy == UNPROTECTED else self.rows.get(workload.name, {}).get(UNPROTECTED)
-        if base is None and policy != UNPROTECTED:
+        known = self.measured.setdefault(workload.name, {})
+        if policy != UNPROTECTED and UNPROTECTED not in known:
             raise LabError("there is nothing to compare it with")
         before = probes.read()
         outcome = workload.run(self.address, self.seconds)
         after = probes.read()
-        found = bench_figures.row(outcome, before, after, probes.epochs(before.at, after.at), base)
-        self.rows.setdefault(workload.name, {})[policy] = found
+        row = bench_figures.row(outcome, before, after, probes.epochs(before.at, after.at))
+        known.setdefault(policy, []).append(row)
+        found = self.rows[workload.name][policy]
         self.stage.progress.step(
             f"{policy}: {workload.name} {outcome.throughput:.1f} {outcome.unit}, ratio {found['throughput_ratio']},"
             f" round trip {outcome.rtt_ms_p50} ms, pause {found.get('pause_ms_p50')} ms")
 
-    def measure_again(self) -> None:
-        for workload in self.workloads:
-            if workload.name in AGAIN and UNPROTECTED in self.rows.get(workload.name, {}):
-                self.again[workload.name] = workload.run(self.address, self.seconds)
+    @property
+    def rows(self) -> Rows:
+        return {name: bench_figures.compared(policies) for name, policies in self.measured.items() if policies}
 
     def goals(self) -> list[bench_figures.Goal]:
         return bench_figures.goals(self.rows, self.pause)
@@ -112,7 +113,7 @@ class Bench:
             "failures": self.failures,
             "seconds": self.seconds,
             "quick": self.quick,
-            "drift": bench_figures.drift(self.rows, self.again),
+            "drift": bench_figures.drift(self.measured),
             "pause": self.pause,
             "pause_fit": bench_figures.pause_fit(self.rows),
             "goals": [asdict(goal) | {"is_met": goal.is_met} for goal in self.goals()],
@@ -130,14 +131,20 @@ def begin(stage: Stage, name: str, workloads: Sequence[Workload], seconds: float
 
 
 def run_all(bench: Bench, policies: Sequence[str], again: bool, save: Callable[[], None]) -> None:
-    """Unprotected first: everything is compared with that."""
-    bench.measure(UNPROTECTED, bench.expose(), save)
-    for policy in policies:
-        bench.measure(policy, bench.protect(policy), save)
-        if again or policy != policies[-1]:
-            bench.expose()
-    if again:
-        bench.measure_again()
+    """Unprotected first: everything is compared with that. again: and all of it in the opposite order."""
+    forwards = [UNPROTECTED, *policies]
+    probes = None
+    for before, policy in pairwise(["", *forwards, *(reversed(forwards) if again else [])]):
+        if probes is None or policy != before:
+            probes = bench.expose()
+            if policy != UNPROTECTED:
+                probes = bench.protect(policy)
+        bench.measure(policy, probes, save)
+
+
+def _settle() -> None:
+    os.sync()
+    time.sleep(SETTLE_S)
 
 
 def main() -> None:
@@ -195,7 +202,8 @@ def _chosen(arguments: argparse.Namespace) -> Sequence[Workload]:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the essential workloads, shortly")
-    parser.add_argument("--seconds", type=float, help=f"of each workload: {FULL_S:g}, with --quick {QUICK_S:g}")
+    parser.add_argument("--seconds", type=float,
+                        help=f"of each workload, each time: {FULL_S:g}, with --quick {QUICK_S:g}")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--workloads", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--pause", type=Path, metavar="FILE", help="what bench-pause wrote; goes among the figures")

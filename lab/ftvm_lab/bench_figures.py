@@ -66,13 +66,13 @@ class Snapshot:
     link_bytes: int = 0
 
 
-def row(outcome: Outcome, before: Snapshot, after: Snapshot, epochs: Epochs, base: Row | None) -> Row:
-    """One workload under one policy. base: the same unprotected; None: it is this one."""
+def row(outcome: Outcome, before: Snapshot, after: Snapshot, epochs: Epochs) -> Row:
+    """One workload under one policy, once."""
     seconds = max(after.at - before.at, 1e-3)
-    found: Row = {
+    link_mib_s = (after.link_bytes - before.link_bytes) / seconds / (1 << 20)
+    return {
         "throughput": round(outcome.throughput, 3),
         "unit": outcome.unit,
-        "throughput_ratio": 1.0 if base is None else _ratio(outcome.throughput, base["throughput"]),
         "rtt_ms_p50": outcome.rtt_ms_p50,
         "rtt_ms_p99": outcome.rtt_ms_p99,
         "errors": outcome.errors,
@@ -81,13 +81,42 @@ def row(outcome: Outcome, before: Snapshot, after: Snapshot, epochs: Epochs, bas
         "cores": {name: round((value - before.cpu_s[name]) / seconds, 4)
                   for name, value in after.cpu_s.items() if name in before.cpu_s},
         "rss_mib": {name: round(value, 1) for name, value in after.rss_mib.items()},
+        "link_mib_s": round(link_mib_s, 3),
+        **(_checkpoints(epochs) if epochs.pages else {}),
     }
-    if base is None:
-        return found
-    if outcome.rtt_ms_p50 is not None and base["rtt_ms_p50"] is not None:
-        found["rtt_added_ms_p50"] = round(outcome.rtt_ms_p50 - base["rtt_ms_p50"], 3)
-    link_mib_s = (after.link_bytes - before.link_bytes) / seconds / (1 << 20)
-    return found | {"link_mib_s": round(link_mib_s, 3)} | _checkpoints(epochs)
+
+
+#: Of several times their sum, or all of them, and of all else the mean.
+_SUMS = ("errors", "seconds", "checkpoints", "samples")
+
+
+def compared(policies: Mapping[str, Sequence[Row]]) -> dict[str, Row]:
+    """One workload by policy, each of all its times: and what it is to the unprotected guest."""
+    rows = {policy: _joined(times) for policy, times in policies.items()}
+    base = rows[UNPROTECTED]
+    for found in rows.values():
+        found["throughput_ratio"] = _ratio(found["throughput"], base["throughput"])
+        if found is not base and found["rtt_ms_p50"] is not None and base["rtt_ms_p50"] is not None:
+            found["rtt_added_ms_p50"] = round(found["rtt_ms_p50"] - base["rtt_ms_p50"], 3)
+    return rows
+
+
+def _joined(times: Sequence[Row]) -> Row:
+    """What all of them have."""
+    names = [name for name in times[0] if all(name in one for one in times)]
+    return {name: sum((one[name] for one in times[1:]), start=times[0][name]) if name in _SUMS
+            else _mean([one[name] for one in times]) for name in names}
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, dict):
+        return {name: _mean([one[name] for one in values if name in one]) for name in first}
+    if isinstance(first, list):
+        return [_mean(points) for points in zip(*values, strict=False)]
+    if isinstance(first, str) or len(values) == 1 or None in values:
+        return first
+    return round(sum(values) / len(values), 4)
 
 
 def _checkpoints(epochs: Epochs) -> Row:
@@ -182,9 +211,11 @@ def _said(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
-def drift(rows: Rows, again: Mapping[str, Outcome]) -> dict[str, float | None]:
+def drift(measured: Mapping[str, Mapping[str, Sequence[Row]]]) -> dict[str, float | None]:
     """How far the machine itself changed: the unprotected guest's throughput at the end over that at first."""
-    return {name: _ratio(outcome.throughput, rows[name][UNPROTECTED]["throughput"]) for name, outcome in again.items()}
+    times = {name: policies[UNPROTECTED] for name, policies in measured.items() if UNPROTECTED in policies}
+    return {name: _ratio(last["throughput"], first["throughput"])
+            for name, (first, *_, last) in ((name, rows) for name, rows in times.items() if len(rows) > 1)}
 
 
 @dataclass(frozen=True, slots=True)

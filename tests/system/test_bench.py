@@ -119,16 +119,23 @@ def test_a_line_that_is_being_written_is_left_out() -> None:
 BEFORE = Snapshot(100.0, {"guest": 5.0, "engine": 1.0}, {"guest": 200.0}, 1000)
 AFTER = Snapshot(110.0, {"guest": 14.0, "engine": 1.3, "new": 3.0}, {"guest": 201.04}, 1000 + 4096 * 100)
 EPOCHS = Epochs([1.0, 3.0], [10, 10], [100.0, 100.0], [4096, 4096], {"stop": [0.5, 0.7]})
-PLAIN = bench_figures.row(Outcome(200.0, "r/s", 1.0, 2.0, [1.0, 2.0]), BEFORE, AFTER, Epochs(), None)
+PLAIN = bench_figures.row(Outcome(200.0, "r/s", 1.0, 2.0, [1.0, 2.0]), BEFORE, AFTER, Epochs())
+
+
+def against(outcome: Outcome, epochs: Epochs = EPOCHS) -> bench_figures.Row:
+    """Once, compared with the unprotected guest."""
+    measured = bench_figures.row(outcome, BEFORE, AFTER, epochs)
+    return bench_figures.compared({"unprotected": [PLAIN], "adaptive": [measured]})["adaptive"]
 
 
 def test_the_unprotected_guest_is_what_others_are_compared_with() -> None:
-    assert PLAIN["throughput_ratio"] == 1.0
-    assert "pause_ms_p50" not in PLAIN and "rtt_added_ms_p50" not in PLAIN
+    found = bench_figures.compared({"unprotected": [PLAIN]})["unprotected"]
+    assert found["throughput_ratio"] == 1.0
+    assert "pause_ms_p50" not in found and "rtt_added_ms_p50" not in found
 
 
 def test_a_policy_is_shown_as_a_ratio_and_as_an_added_round_trip() -> None:
-    found = bench_figures.row(Outcome(150.0, "r/s", 4.0, 9.0), BEFORE, AFTER, EPOCHS, PLAIN)
+    found = against(Outcome(150.0, "r/s", 4.0, 9.0))
     assert (found["throughput_ratio"], found["rtt_added_ms_p50"]) == (0.75, 3.0)
     assert found["cores"] == {"guest": 0.9, "engine": 0.03}
     assert (found["checkpoints"], found["pause_ms_p50"], found["pause_share"]) == (2, 3.0, 0.02)
@@ -136,15 +143,27 @@ def test_a_policy_is_shown_as_a_ratio_and_as_an_added_round_trip() -> None:
 
 def test_the_wire_is_compared_with_the_raw_pages() -> None:
     """And all that the link carried, of whatever, is a rate of its own."""
-    found = bench_figures.row(Outcome(150.0, "r/s"), BEFORE, AFTER, EPOCHS, PLAIN)
+    found = against(Outcome(150.0, "r/s"))
     assert (found["wire_ratio"], found["wire_bytes_p50"]) == (0.1, 4096)
     assert found["link_mib_s"] == 0.039
     assert found["stages_ms_p50"] == {"stop": 0.7}
 
 
-def test_without_checkpoints_there_is_no_ratio() -> None:
-    found = bench_figures.row(Outcome(150.0, "r/s"), BEFORE, AFTER, Epochs(), PLAIN)
-    assert found["wire_ratio"] is None and found["checkpoints"] == 0
+def test_without_checkpoints_nothing_is_said_of_them() -> None:
+    assert not {"wire_ratio", "checkpoints"} & against(Outcome(150.0, "r/s"), Epochs()).keys()
+
+
+def test_what_was_measured_twice_is_one_and_compared_with_both_times_of_the_unprotected_guest() -> None:
+    later = bench_figures.row(Outcome(100.0, "r/s", 3.0, 4.0, [3.0, 4.0]), BEFORE, AFTER, Epochs())
+    times = [bench_figures.row(Outcome(rate, "r/s", 4.0, rtt, [], 1), BEFORE, AFTER, EPOCHS)
+             for rate, rtt in ((80.0, 9.0), (70.0, 11.0))]
+    found = bench_figures.compared({"unprotected": [PLAIN, later], "adaptive": times})
+    adaptive = found["adaptive"]
+    assert (adaptive["throughput_ratio"], adaptive["rtt_added_ms_p50"], adaptive["rtt_ms_p99"]) == (0.5, 2.0, 10.0)
+    assert (adaptive["errors"], adaptive["checkpoints"], len(adaptive["samples"])) == (2, 4, 4)
+    assert adaptive["cores"]["guest"] == 0.9 and adaptive["stages_ms_p50"] == {"stop": 0.7}
+    assert found["unprotected"]["curve_ms"] == [2.0, 3.0]
+    assert times[0]["throughput"] == 80.0, "what was measured stays"
 
 
 def test_the_line_through_the_pauses_is_not_tilted_by_a_few_long_ones() -> None:
@@ -160,8 +179,9 @@ def test_one_place_makes_no_line() -> None:
 
 
 def rows() -> bench_figures.Rows:
-    protected = bench_figures.row(Outcome(150.0, "r/s", 4.0, 9.0, [3.0, 4.0]), BEFORE, AFTER, EPOCHS, PLAIN)
-    return {"echo_1": {"unprotected": PLAIN, "adaptive": protected}, "idle": {"unprotected": PLAIN}}
+    protected = bench_figures.row(Outcome(150.0, "r/s", 4.0, 9.0, [3.0, 4.0]), BEFORE, AFTER, EPOCHS)
+    return {"echo_1": bench_figures.compared({"unprotected": [PLAIN], "adaptive": [protected]}),
+            "idle": bench_figures.compared({"unprotected": [PLAIN]})}
 
 
 def test_the_table_has_a_line_for_each_policy_of_each_workload() -> None:
@@ -172,7 +192,9 @@ def test_the_table_has_a_line_for_each_policy_of_each_workload() -> None:
 
 
 def test_drift_is_what_the_unprotected_guest_does_at_the_end() -> None:
-    assert bench_figures.drift(rows(), {"echo_1": Outcome(190.0, "r/s")}) == {"echo_1": 0.95}
+    last = PLAIN | {"throughput": 190.0}
+    assert bench_figures.drift({"echo_1": {"unprotected": [PLAIN, last]}, "once": {"unprotected": [PLAIN]},
+                                "failed": {}}) == {"echo_1": 0.95}
 
 
 def test_the_pictures_are_drawn_from_what_there_is(tmp_path: Path) -> None:
