@@ -59,8 +59,9 @@ class NetBuffer(Pollable, Protocol):
     def is_filling(self) -> bool:
         """Is so much held that a checkpoint should come?"""
 
-    def cut(self) -> None:
-        """What was sent until now, the guest at a stop, is the present checkpoint's."""
+    def cut(self) -> bool:
+        """What was sent until now, the guest at a stop, is the present checkpoint's. Was some of it not heard by then?
+        """
 
     def covered(self) -> Iterable[Packets]:
         """What the last cut covers, where it is not much."""
@@ -188,16 +189,20 @@ class Precedence(Protocol):
     def take(self) -> None:
         """BEFORE each checkpoint."""
 
+    def leave_qemu(self) -> None:
+        """As soon as the guest runs again: what is left to do is ours. Idempotent."""
+
     def leave(self) -> None:
-        """As soon as the guest runs again. Idempotent."""
+        """As soon as the epoch has left. Idempotent."""
 
 
 class Replay(Protocol):
     """The standby's interfaces, once the guest runs here."""
 
-    def replay(self, heard: Mapping[bytes, bytes], said: Mapping[bytes, bytes]) -> None:
-        """Packets to the guest, and from it, once more: by the interface's address, framed as QEMU does. Never
-        raises, and takes a bounded time."""
+    def replay(self, heard: Mapping[bytes, bytes], said: Mapping[bytes, bytes],
+               reminders: Mapping[bytes, bytes]) -> None:
+        """Packets to the guest, and from it, once more, and reminders to its clients: by the interface's address,
+        framed as QEMU does. Never raises, and takes a bounded time."""
 
 
 class Control(Pollable, Protocol):

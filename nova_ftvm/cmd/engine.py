@@ -139,7 +139,7 @@ def run_primary(order: Order, control: ControlServer) -> int:
     mirror = DiskMirror(monitor, disks, order.path("disks.sock"), order.qemu_owner, order.disk_copy_mib_s << 20,
                         _MAX_REQUEST)
     precedence = Precedence(monitor.pid) if order.realtime_pauses else NoPrecedence()
-    gate = Gate(order.path("state.fifo"), order.qemu_owner, precedence.leave)
+    gate = Gate(order.path("state.fifo"), order.qemu_owner, precedence.leave_qemu)
     pace = Pace(policy=Policy(order.policy), epoch_s=order.epoch_ms / 1000, ack_limit_s=order.ack_limit_ms / 1000,
                 beat_s=order.beat_ms / 1000, live_passes=order.live_passes, live_rest_pages=order.live_rest_pages)
     engine = PrimaryEngine(

@@ -16,7 +16,6 @@ import dataclasses
 import numpy as np
 
 from nova_ftvm.core import dirty
-from nova_ftvm.exception import ProtocolError
 from nova_ftvm.types import PAGE
 
 #: Pages that are remembered, on both sides: 16 MiB. Part of the protocol.
@@ -42,6 +41,16 @@ class Delta:
     runs: np.ndarray
     masks: np.ndarray
     words: np.ndarray
+
+    @property
+    def count(self) -> int:
+        """Pages."""
+        return len(self.masks)
+
+    @property
+    def is_whole(self) -> bool:
+        """Are there as many words as the masks name?"""
+        return int(np.unpackbits(self.masks).sum(dtype=np.int64)) == len(self.words)
 
 
 class Worth:
@@ -83,10 +92,8 @@ class Memory:
         return Delta(pages.block, dirty.compress(numbers[sent]), np.packbits(changed[sent], axis=1), new[changed])
 
     def grow(self, delta: Delta) -> dirty.Pages:
-        """The pages whole. Raises ProtocolError, with nothing changed, when the words do not fit the masks."""
+        """The pages whole, of a delta that `is_whole`."""
         changed = np.unpackbits(delta.masks, axis=1).view(bool)
-        if np.count_nonzero(changed) != len(delta.words):
-            raise ProtocolError(f"{len(delta.words)} changed words for masks that name {np.count_nonzero(changed)}")
         keys, places, _, pages = self._recall(delta.block, dirty.expand(delta.runs))
         pages[changed] = delta.words
         self._remember(keys, places, pages)

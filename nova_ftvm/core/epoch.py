@@ -115,6 +115,8 @@ class EpochLoop:
         self._seen = Measured(now)
         #: The last checkpoint.
         self._began = now
+        #: Did the guest send something in the epoch that ends, and once more after that?
+        self._spoke = self._spoke_on = False
         #: A checkpoint is needed at once, whatever the policy says.
         self._urgent = False
         self._ack_limit_s = pace.ack_limit_s
@@ -179,11 +181,12 @@ class EpochLoop:
 
     @property
     def learns_from_processors(self) -> bool:
-        """Should somebody look at them at each release, and say so (`on_released`)?"""
-        return policy.learns(self._pace.policy)
+        """Should somebody look at them at the next release?"""
+        return policy.learns(self._pace.policy, self._seen)
 
     def on_released(self, asleep: bool, now: float) -> None:
-        """Did the guest's processors sleep when the last epoch's output left?"""
+        """The epoch's output has left. Did the guest's processors sleep, if that matters (`learns_from_processors`)?
+        """
         self._seen.commit_s = now - self._began
         policy.on_released(self._seen, not asleep)
 
@@ -214,14 +217,22 @@ class EpochLoop:
         return ()
 
     def on_state_begins(self) -> Acts:
-        """The first bytes of the device state are in the gate: QEMU's disks are drained."""
-        if self.phase is not Phase.STOPPED:
+        """The first bytes of the device state are in the gate: QEMU's processors stand and its disks are drained,
+        whether or not its word of the stop was heard by now."""
+        if self.phase not in (Phase.STOPPING, Phase.STOPPED):
             return ()
         self.phase = Phase.DRAINING
         # What it has sent is covered. What it sends from now on is the next epoch's.
+        self._spoke = self._seen.output_since is not None
+        self._spoke_on = self._spoke and self._seen.output_last != self._seen.output_since
         self._seen.output_since = self._seen.asleep_since = None
         is_wanted = not (self._stop_asked or self._hand_over_asked or self.reason)
         return (Act.CAPTURE, Act.OPEN_GATE, Act.SHIP) if is_wanted else (Act.CAPTURE, Act.OPEN_GATE)
+
+    def on_cut(self, heard: bool) -> None:
+        """What the guest has sent is cut. Had some of it not been told by then (`on_output`)?"""
+        if self._spoke:
+            policy.on_cut(self._seen, self._spoke_on or heard)
 
     def on_resumed(self, now: float, pages: int, disk_bytes: int, pause_s: float = 0.0) -> Acts:
         """The device state is whole and the guest runs; the epoch has so many pages, and bytes of disk writes, and the
@@ -251,7 +262,7 @@ class EpochLoop:
         return self._lose(why, now)
 
     def on_ack(self, epoch: Epoch) -> Acts:
-        """The backup has applied the epoch, whole. An answer to anything else changes nothing."""
+        """The backup holds the epoch, whole. An answer to anything else changes nothing."""
         if self.phase is not Phase.UNACKNOWLEDGED or epoch != self.epoch:
             return ()
         self.phase = Phase.RUNNING

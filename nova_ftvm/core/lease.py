@@ -47,7 +47,7 @@ class Lease:
         self._heard = now
 
     def on_committed(self) -> None:
-        """An epoch is applied."""
+        """An epoch is here, whole."""
         if self.watch is Watch.SYNCING:
             self.watch = Watch.WATCHING
 

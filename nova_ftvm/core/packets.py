@@ -9,6 +9,7 @@ And what was under way at the moment of a failover, kept on the backup and said 
     heard  what came for the guest since the last committed checkpoint. The guest goes on from there, and has not
            heard it; its sender would wait for its timeout, which TCP doubles with each try.
     said   what the last committed checkpoint covers. It may not have left.
+    spoken what committed checkpoints cover, of late: what the guest's clients have heard of it (core/reminders.py).
 
 A network loses, repeats and reorders packets, so these are a kindness and no promise: nothing waits for them. They
 know nothing of the future that is lost: whoever sent them had heard only what committed checkpoints cover.
@@ -18,8 +19,8 @@ back to QEMU the same way, so that nothing of them is read but the lengths.
 """
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
 
 from nova_ftvm.exception import OutputLost
 from nova_ftvm.types import Buffer, Epoch
@@ -99,6 +100,8 @@ class InFlight:
         self._committed = Epoch(0)
         self._heard: list[tuple[Epoch, Packets]] = []
         self._said: list[tuple[Epoch, Packets]] = []
+        self._spoken: deque[Packets] = deque()
+        self._spoken_bytes = 0
 
     def on_heard(self, epoch: Epoch, packets: Packets) -> None:
         """They came for the guest before the checkpoint of that epoch, and after the one before it."""
@@ -107,8 +110,13 @@ class InFlight:
     def on_said(self, epoch: Epoch, packets: Packets) -> None:
         """That epoch covers them."""
         self._keep(self._said, epoch, packets)
+        if epoch <= self._committed:
+            self._remember(packets)
 
     def on_committed(self, epoch: Epoch) -> None:
+        for number, packets in self._said:
+            if self._committed < number <= epoch:
+                self._remember(packets)
         self._committed = epoch
         self._heard = [(number, packets) for number, packets in self._heard if number > epoch]
         self._said = [(number, packets) for number, packets in self._said if number >= epoch]
@@ -127,9 +135,24 @@ class InFlight:
         """By that guest; likewise."""
         return _joined(packets for number, packets in self._said if number == self._committed)
 
+    @property
+    def spoken(self) -> Sequence[Packets]:
+        """What the guest said before that checkpoint, the newest last; whether it has left or not."""
+        return self._spoken
+
     def _keep(self, kept: list[tuple[Epoch, Packets]], epoch: Epoch, packets: Packets) -> None:
         if sum(len(one.framed) for _, one in kept) + len(packets.framed) <= self._limit:
             kept.append((epoch, packets))
+
+    def _remember(self, packets: Packets) -> None:
+        """Unread, as hardly any of it is ever needed. Copied, as what comes from a connection is a view of all that was
+        read with it."""
+        if not 0 < len(packets.framed) <= self._limit:
+            return
+        self._spoken.append(Packets(packets.mac, bytes(packets.framed)))
+        self._spoken_bytes += len(packets.framed)
+        while self._spoken_bytes > self._limit:
+            self._spoken_bytes -= len(self._spoken.popleft().framed)
 
 
 def _joined(parts: Iterable[Packets]) -> dict[bytes, bytes]:

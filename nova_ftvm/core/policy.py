@@ -14,7 +14,9 @@ time, and output never waits for long. A busy guest that sends no more for a whi
 beside it does not wait for company.
 
 Whether they sleep must be looked at, and each look takes time from a processor that the guest may need. So how long it
-is busy with its output is learned too, and nobody looks in the first part of that time (`on_checkpoint`).
+is busy with its output is learned too, and nobody looks in the first part of that time (`on_checkpoint`). And for a
+guest whose first output was all that it had to say, several times in a row, nobody waits (`on_cut`); nor for one that
+needs no longer for all of it than it takes to be stopped.
 """
 
 import dataclasses
@@ -23,7 +25,9 @@ import math
 
 #: The processors' sleep is believed when it has lasted for so long: between two requests they nod off for a moment.
 _ASLEEP_S = 150e-6
-#: Who has never more to do than this takes has said all when it has said something.
+#: Who was waited for in vain so often in a row has said all when it has said something.
+_IN_VAIN = 4
+#: So has who has never more to do than this takes: what it says until it stands still is covered too.
 _BRIEF_S = 300e-6
 _NO_LONGER_BRIEF = 1.25
 #: The least time between two looks at them; after the first one none in this part of the time that the guest is busy.
@@ -75,6 +79,8 @@ class Measured:
     #: `on_checkpoint`.
     busy_s: float = 0.0
     blind_s: float = 0.0
+    #: Epochs in a row whose first output was all: learned, see `on_cut`.
+    in_vain: int = 0
     #: How long the last epoch took from its checkpoint's beginning to its acknowledgement.
     commit_s: float = 0.0
     #: How long the guest runs, from its restart, before its output is due: learned, see `on_released`.
@@ -104,9 +110,10 @@ def due(policy: Policy, epoch_s: float, seen: Measured) -> float:
 def on_released(seen: Measured, is_busy: bool) -> None:
     """Learns how long to gather; told when an epoch's output leaves. Infinite: until all is said."""
     if _is_brief(seen):
-        if is_busy or seen.output_since is not None:
-            # It has more to do than it seemed: next time it is let, and looked at.
-            seen.busy_s = _NO_LONGER_BRIEF * _BRIEF_S
+        if seen.output_since is not None:
+            # It had more to say: next time it is let, and looked at.
+            seen.in_vain = 0
+            seen.busy_s = max(seen.busy_s, _NO_LONGER_BRIEF * _BRIEF_S)
     elif seen.gather_s == math.inf:
         if seen.busy_s > _PARTS * seen.commit_s:
             seen.gather_s = seen.busy_s / 2
@@ -118,7 +125,7 @@ def on_released(seen: Measured, is_busy: bool) -> None:
 
 def on_checkpoint(seen: Measured, now: float) -> None:
     """Learns how long the guest is busy; told when a checkpoint begins."""
-    if seen.output_since is None or seen.gather_s < math.inf:
+    if seen.output_since is None or seen.gather_s < math.inf or _is_brief(seen):
         return
     busy_s = max(0.0, (now if seen.asleep_since is None else seen.asleep_since) - seen.output_since)
     seen.busy_s += _LEARN * (busy_s - seen.busy_s)
@@ -129,6 +136,13 @@ def on_checkpoint(seen: Measured, now: float) -> None:
         seen.blind_s += _LEARN * (_BLIND * busy_s - seen.blind_s)
 
 
+def on_cut(seen: Measured, more: bool) -> None:
+    """Learns whether there is anything to gather; told of each epoch with output, when the guest stands still.
+    more: some came after the first."""
+    if not _is_brief(seen):
+        seen.in_vain = 0 if more else seen.in_vain + 1
+
+
 def look(seen: Measured) -> float:
     """When to look at the processors, if that matters (`watches`)."""
     if seen.output_since is None or seen.looked < seen.output_since:
@@ -137,17 +151,17 @@ def look(seen: Measured) -> float:
 
 
 def _is_brief(seen: Measured) -> bool:
-    return seen.gather_s == math.inf and seen.busy_s <= _BRIEF_S
+    return seen.gather_s == math.inf and (seen.in_vain >= _IN_VAIN or seen.busy_s <= _BRIEF_S)
 
 
-def learns(policy: Policy) -> bool:
+def learns(policy: Policy, seen: Measured) -> bool:
     """Does it matter whether they sleep when an epoch is released?"""
-    return policy is Policy.ADAPTIVE
+    return policy is Policy.ADAPTIVE and seen.gather_s < math.inf
 
 
 def watches(policy: Policy, seen: Measured) -> bool:
     """Does it matter now whether the guest's processors sleep?"""
-    return policy is Policy.ADAPTIVE and seen.output_since is not None
+    return policy is Policy.ADAPTIVE and seen.output_since is not None and not _is_brief(seen)
 
 
 def _within(value: float, bounds: tuple[float, float]) -> float:

@@ -1,12 +1,15 @@
 """What the backup knows of the guest: frames in, whole epochs out. PURE.
 
 Invariant: nothing of an epoch is written, to RAM or disk, before its COMMIT arrived and fits what was staged; and once
-the first epoch is committed, only whole epochs are ever written. What is copied before the first epoch (PRELOAD,
-DISK_PRELOAD) is written at once: without a committed epoch there is nothing that a promotion could use.
+the first epoch is committed, only whole epochs are ever written. An epoch is acknowledged when it is here, and applied
+after that: nothing but the end of this process can come between (doc/source/contributor/decisions/
+acknowledged-when-held.rst). What is copied before the first epoch (PRELOAD, DISK_PRELOAD) is written at once: without a
+committed epoch there is nothing that a promotion could use.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,12 +35,25 @@ class WriteDisks:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Acknowledge:
-    """Tell the primary, only AFTER the Write before it is done."""
+    """Tell the primary: the epoch is here, whole and checked."""
 
     epoch: Epoch
 
 
-Action = Write | WriteDisks | Acknowledge
+@dataclasses.dataclass(frozen=True, slots=True)
+class Apply:
+    """Put in what `Replica.apply` gives: AFTER the acknowledgement, which the primary's clients wait for, and BEFORE
+    anything else is done, a promotion above all."""
+
+
+Action = Write | WriteDisks | Acknowledge | Apply
+
+
+class _StateChanges(NamedTuple):
+    """Of the device state: its length, and pages of it."""
+
+    length: int
+    delta: delta.Delta
 
 
 class _SentBefore:
@@ -48,19 +64,23 @@ class _SentBefore:
         #: The device state's pages, each as it was sent last; longer than the state if that was longer once.
         self._state = np.zeros((0, PAGE), np.uint8)
 
-    def state(self, changes: Sequence[tuple[int, dirty.Pages]]) -> bytes:
-        """The device state with the changes in it; each comes with the state's length."""
-        length = changes[-1][0]
+    def state(self, staged: Sequence[Buffer | _StateChanges]) -> bytes:
+        """The device state: its pieces, or what it was with the changes in it."""
+        changes = [each for each in staged if isinstance(each, _StateChanges)]
+        if not changes:
+            return b"".join(each for each in staged if not isinstance(each, _StateChanges))
+        length = changes[-1].length
         missing = -(-length // PAGE) - len(self._state)
         if missing > 0:
             self._state = np.concatenate((self._state, np.zeros((missing, PAGE), np.uint8)))
-        for _, pages in changes:
+        for each in changes:
+            pages = self.memory.grow(each.delta)
             self._state[dirty.expand(pages.runs)] = pages.contents.reshape(-1, PAGE)
         return self._state.reshape(-1)[:length].tobytes()
 
 
 class Replica:
-    """One generation's replica. `device_state` belongs to `committed`, always."""
+    """One generation's replica. `device_state` belongs to `committed`, once that is applied."""
 
     def __init__(self, blocks: Sequence[RamBlock], disks: Sequence[Disk] = ()) -> None:
         self._blocks = blocks
@@ -77,13 +97,11 @@ class Replica:
         if frame.epoch != self.committed + 1:
             raise ProtocolError(f"{frame.kind.name} of epoch {frame.epoch} after epoch {self.committed}")
         if frame.kind is wire.Kind.PAGES:
-            pages = wire.decode_pages(frame, self._blocks)
-            self._sent_before.memory.forget(pages)
-            self._staged.append(pages)
+            self._staged.append(wire.decode_pages(frame, self._blocks))
         elif frame.kind is wire.Kind.CHANGES:
-            self._staged.append(wire.decode_changes(frame, self._blocks, self._sent_before.memory))
+            self._staged.append(wire.decode_changes(frame, self._blocks))
         elif frame.kind is wire.Kind.DEVICE_CHANGES:
-            self._staged_changes.append(wire.decode_device_changes(frame, self._blocks, self._sent_before.memory))
+            self._staged_state.append(_StateChanges(*wire.decode_device_changes(frame, self._blocks)))
         elif frame.kind is wire.Kind.DISK:
             self._staged_writes += wire.decode_disk(frame, self._disks)
             self._disk_frames += 1
@@ -102,26 +120,33 @@ class Replica:
             return (WriteDisks(wire.decode_disk(frame, self._disks)),)
         return (Write((wire.decode_pages(frame, self._blocks),)),)
 
+    def apply(self) -> list[dirty.Pages]:
+        """The committed epoch's pages; from now on `device_state` is its as well."""
+        memory, pages = self._sent_before.memory, []
+        for staged in self._staged:
+            if isinstance(staged, dirty.Pages):
+                memory.forget(staged)
+                pages.append(staged)
+            else:
+                pages.append(memory.grow(staged))
+        self.device_state = self._sent_before.state(self._staged_state)
+        self._forget()
+        return pages
+
     def _commit(self, frame: wire.Frame) -> tuple[Action, ...]:
         expected = wire.decode_commit(frame)
-        staged = (len(self._staged) + len(self._staged_state) + len(self._staged_changes) + self._disk_frames,
+        staged = (len(self._staged) + len(self._staged_state) + self._disk_frames,
                   sum(pages.count for pages in self._staged), len(self._staged_writes))
         if staged != expected:
             raise ProtocolError(f"epoch {frame.epoch} has {expected} frames, pages and disk writes, {staged} arrived")
-        if not self._staged_state and not self._staged_changes:
+        if not self._staged_state:
             raise ProtocolError(f"epoch {frame.epoch} has no device state")
-        write, disks = Write(tuple(self._staged)), WriteDisks(tuple(self._staged_writes))
-        self.device_state = self._new_state()
         self.committed = frame.epoch
-        self._forget()
-        return (write, disks, Acknowledge(frame.epoch)) if disks.writes else (write, Acknowledge(frame.epoch))
-
-    def _new_state(self) -> bytes:
-        return b"".join(self._staged_state) if self._staged_state else self._sent_before.state(self._staged_changes)
+        disks = (WriteDisks(tuple(self._staged_writes)),) if self._staged_writes else ()
+        return (*disks, Acknowledge(frame.epoch), Apply())
 
     def _forget(self) -> None:
-        self._staged: list[dirty.Pages] = []
-        self._staged_state: list[Buffer] = []
-        self._staged_changes: list[tuple[int, dirty.Pages]] = []
+        self._staged: list[dirty.Pages | delta.Delta] = []
+        self._staged_state: list[Buffer | _StateChanges] = []
         self._staged_writes: list[DiskWrite] = []
         self._disk_frames = 0

@@ -13,7 +13,7 @@ another generation raises, and the decoder gives nothing more: the connection mu
       | WELCOME  JSON: disks on the same base ->  |
       |     <- PRELOAD, DISK_PRELOAD ...         |   copied while the guest runs; no epoch yet
       |     <- DISK ... PAGES ... DEVICE ... COMMIT  one epoch; whole at COMMIT. DISK comes while the guest runs
-      | ACK (epoch)                       ->     |   only AFTER the epoch is applied
+      | ACK (epoch)                       ->     |   only AFTER the epoch is here, whole
       |     <- HEARD, SAID  packets under way    |   no part of an epoch, SAID after its COMMIT; core/packets.py
       | BEAT                             <->     |   a sign of life; the primary's epoch: the last whose output left
       |     <- GUEST_GONE  QEMU ended by itself  |
@@ -170,13 +170,13 @@ def decode_pages(frame: Frame, blocks: Sequence[RamBlock]) -> dirty.Pages:
     return dirty.Pages(block, runs, contents)
 
 
-def decode_changes(frame: Frame, blocks: Sequence[RamBlock], memory: delta.Memory) -> dirty.Pages:
-    """The whole pages of a CHANGES frame, checked against the table of blocks."""
-    return memory.grow(_shrunk(frame, blocks))
+def decode_changes(frame: Frame, blocks: Sequence[RamBlock]) -> delta.Delta:
+    """The pages of a CHANGES frame, whole, and checked against the table of blocks."""
+    return _shrunk(frame, blocks)
 
 
-def decode_device_changes(frame: Frame, blocks: Sequence[RamBlock], memory: delta.Memory) -> tuple[int, dirty.Pages]:
-    """(length of the device state, pages of it) of a DEVICE_CHANGES frame."""
+def decode_device_changes(frame: Frame, blocks: Sequence[RamBlock]) -> tuple[int, delta.Delta]:
+    """(length of the device state, pages of it) of a DEVICE_CHANGES frame, checked as well."""
     payload = memoryview(frame.payload)
     try:
         (length,) = _STATE.unpack_from(payload)
@@ -185,7 +185,7 @@ def decode_device_changes(frame: Frame, blocks: Sequence[RamBlock], memory: delt
     if length > _MOST_STATE_BYTES:
         raise ProtocolError(f"a device state of {length} bytes")
     state = RamBlock("of the device state", -(-length // PAGE) * PAGE)
-    return length, memory.grow(_shrunk(dataclasses.replace(frame, payload=payload[_STATE.size:]), [*blocks, state]))
+    return length, _shrunk(dataclasses.replace(frame, payload=payload[_STATE.size:]), [*blocks, state])
 
 
 def _shrunk(frame: Frame, blocks: Sequence[RamBlock]) -> delta.Delta:
@@ -193,8 +193,11 @@ def _shrunk(frame: Frame, blocks: Sequence[RamBlock]) -> delta.Delta:
     masks = dirty.count(runs) * delta.MASK_BYTES
     if len(rest) < masks or (len(rest) - masks) % 8:
         raise ProtocolError(f"a {frame.kind.name} frame's contents do not fit its runs")
-    return delta.Delta(block, runs, np.frombuffer(rest[:masks], np.uint8).reshape(-1, delta.MASK_BYTES),
-                       np.frombuffer(rest[masks:], "<u8"))
+    shrunk = delta.Delta(block, runs, np.frombuffer(rest[:masks], np.uint8).reshape(-1, delta.MASK_BYTES),
+                         np.frombuffer(rest[masks:], "<u8"))
+    if not shrunk.is_whole:
+        raise ProtocolError(f"a {frame.kind.name} frame's words do not fit its masks")
+    return shrunk
 
 
 def _runs(frame: Frame, blocks: Sequence[RamBlock]) -> tuple[int, np.ndarray, memoryview]:

@@ -15,7 +15,8 @@ from nova_ftvm import ports
 from nova_ftvm.core import stream, wire
 from nova_ftvm.core.lease import HOLDS_REPLICA, Lease, Verdict, Watch
 from nova_ftvm.core.packets import InFlight
-from nova_ftvm.core.replica import Acknowledge, Replica, Write, WriteDisks
+from nova_ftvm.core.reminders import reminders
+from nova_ftvm.core.replica import Acknowledge, Apply, Replica, Write, WriteDisks
 from nova_ftvm.engine import link as links
 from nova_ftvm.engine.faults import Fault, trip
 from nova_ftvm.engine.link import Link, PeerLost
@@ -159,10 +160,8 @@ class BackupEngine:
     def _take(self, frame: wire.Frame) -> None:
         for action in self._replica.on_frame(frame):
             if isinstance(action, Write):
-                trip(Fault.BEFORE_APPLY)
                 for pages in action.pages:
                     self._memory.write(pages)
-                trip(Fault.APPLIED)
             elif isinstance(action, WriteDisks):
                 self._disks.submit(action.writes)
                 self._disks.advance()
@@ -171,7 +170,12 @@ class BackupEngine:
                 self._in_flight.on_committed(action.epoch)
                 self._owed = action.epoch
                 self._acknowledge()
-                # Applying took time in which nothing was read: that was not the primary's silence.
+            elif isinstance(action, Apply):
+                trip(Fault.BEFORE_APPLY)
+                for pages in self._replica.apply():
+                    self._memory.write(pages)
+                trip(Fault.APPLIED)
+                # That took time in which nothing was read: it was not the primary's silence.
                 self._lease.on_heard(self._clock())
 
     def _acknowledge(self) -> None:
@@ -237,7 +241,7 @@ class BackupEngine:
         self._timeline["running_at"] = self._wall_clock()
         self._promoted = True
         self._control.report("promoted", timeline=self._timeline)
-        self._replay.replay(self._in_flight.heard, self._in_flight.said)
+        self._replay.replay(self._in_flight.heard, self._in_flight.said, reminders(self._in_flight.spoken))
 
     def _beat(self) -> None:
         if self._link is not None and self._clock() >= self._next_beat:

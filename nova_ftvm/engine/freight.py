@@ -33,21 +33,23 @@ class Freight:
         self._pages = self._frames = self._bytes = 0
         for pages, frame in self._ram(epoch, checkpoint):
             self._pages += pages
-            self._put(frame)
+            self._send(frame)
+            self._count(frame)
             yield
 
-    def commit(self, epoch: Epoch, checkpoint: Checkpoint) -> int:
-        """Sends the device state and the COMMIT, AFTER the pages. Returns the bytes that the epoch took."""
+    def commit(self, epoch: Epoch, checkpoint: Checkpoint) -> tuple[list[Buffer], int]:
+        """The device state and the COMMIT, to be sent AFTER the pages; and the bytes that the epoch takes."""
+        frames: list[Buffer] = []
         for frame in self._devices(epoch, checkpoint):
-            self._put(frame)
+            frames += frame
+            self._count(frame)
         cut = checkpoint.cut
-        self._send(wire.encode_commit(self._generation, epoch, self._frames + cut.frames, self._pages, cut.writes))
+        frames += wire.encode_commit(self._generation, epoch, self._frames + cut.frames, self._pages, cut.writes)
         if self._thrifty:
             self._worth.tell(checkpoint.page_count * PAGE, self._bytes)
-        return self._bytes
+        return frames, self._bytes
 
-    def _put(self, frame: Frame) -> None:
-        self._send(frame)
+    def _count(self, frame: Frame) -> None:
         self._frames += 1
         self._bytes += sum(map(len, frame))
 

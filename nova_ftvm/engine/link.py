@@ -53,10 +53,14 @@ class Link:
         """The peer has proved itself: frames up to `limit` bytes may come."""
         self._decoder.limit = limit
 
-    def send(self, buffers: list[Buffer]) -> None:
-        """Queues one frame and sends what can be sent now."""
+    def queue(self, buffers: list[Buffer]) -> None:
+        """Queues one frame; it goes with the next one."""
         for buffer in buffers:
             self._queue.add(buffer)
+
+    def send(self, buffers: list[Buffer]) -> None:
+        """Queues one frame and sends what can be sent now."""
+        self.queue(buffers)
         self.flush()
 
     def send_bare(self, kind: wire.Kind, epoch: Epoch = Epoch(0)) -> None:

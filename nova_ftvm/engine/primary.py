@@ -37,10 +37,15 @@ _ASKING_SLACK_S = 10.0
 #: How long after its sockets a process that ends is gone.
 _LAST_BREATH_S = 0.2
 #: How soon the guest's output is listened to again, once some has come: to wake up for each packet would take half of
-#: the processor that the guest needs to send it.
-_LISTEN_S = 1e-3
-#: How often the backup is told at most what came for the guest: each time wakes it up.
-_TELL_S = 3e-3
+#: the processor that the guest needs to send it. And how soon while an epoch is on its way, when nothing depends on it.
+_LISTEN_S, _LISTEN_LATER_S = 1e-3, 5e-3
+#: For so long at most nobody wakes up for what QEMU says in a checkpoint before its device state comes.
+_UNHEARD_S = 5e-3
+#: How often the backup is told at most what came for the guest: each time wakes it up. And once soon after a release:
+#: the clients that waited for it have sent again by then.
+_TELL_S, _TELL_SOON_S = 3e-3, 1e-3
+#: An epoch is on its way, and what the guest sends belongs to the next one.
+_ON_ITS_WAY = frozenset({*PAUSED, Phase.UNACKNOWLEDGED})
 #: When the guest runs, or nobody knows whether it goes on here.
 _TELLING = frozenset({Phase.RUNNING, Phase.UNACKNOWLEDGED, Phase.HOLDING})
 #: QEMU starts the guest while its pages are shipped. So long that may go before the rest of the host as well: in most
@@ -81,6 +86,7 @@ class PrimaryEngine:
         self._limit = frame_limit
         self._clock = clock
         self._mirror = mirror
+        self._disks_watched = False
         self._shallow = shallow
         self._freight = Freight(generation, len(memory.blocks), frame_limit, self._send)
         self._disks = DiskStream(mirror, log_limit, generation, frame_limit, self._send)
@@ -90,8 +96,12 @@ class PrimaryEngine:
         #: The last epoch whose output has left.
         self._released = Epoch(0)
         self._next_progress = self._next_telling = self._checkpoint_deadline = clock()
-        #: When the guest's output is listened to again; None while it is.
-        self._next_listening: float | None = None
+        #: Somebody is to wake up for the next telling.
+        self._tells_soon = False
+        #: When QEMU is listened to again; None while it is.
+        self._next_hearing: float | None = None
+        #: When the guest's output was heard, which nobody listens to since; None while somebody does.
+        self._heard_at: float | None = None
         # select() and not epoll: it waits for less than a millisecond.
         self._selector = selectors.SelectSelector()
         self._selector.register(monitor, selectors.EVENT_READ, self._on_monitor)
@@ -140,6 +150,7 @@ class PrimaryEngine:
         try:
             self._watch_disks()
             self._watch_output()
+            self._watch_monitor()
             patience = self._patience()
             self._guard(patience)
             for key, _ in self._selector.select(patience):
@@ -149,7 +160,7 @@ class PrimaryEngine:
             self._do(self._loop.tick(self._clock()))
             if self._copies():
                 self._copy_some()
-            self._tell_overheard()
+            self._watch_overheard()
         except GuestGone as gone:
             LOG.warning("the guest is gone: %s", gone)
             self._on_guest_gone()
@@ -162,6 +173,10 @@ class PrimaryEngine:
         due = min(self._loop.next_tick(), self._copy.due) if self._copies() else self._loop.next_tick()
         if self._next_listening is not None:
             due = min(due, self._next_listening)
+        if self._next_hearing is not None:
+            due = min(due, self._next_hearing)
+        if self._tells_soon and self._loop.phase is Phase.RUNNING:
+            due = min(due, self._next_telling)
         if (look := self._loop.next_look) is not None:
             due = min(due, look)
         return max(0.0, due - self._clock())
@@ -185,16 +200,16 @@ class PrimaryEngine:
     def _on_monitor(self) -> None:
         for event in self._talk.events():
             if event is GuestEvent.STOPPED:
-                self._stats.mark(Stage.STOP)
                 self._do(self._loop.on_stopped())
-                self._selector.register(self._gate, selectors.EVENT_READ, self._on_gate)
             elif event is GuestEvent.RESUMED:
                 self._finish_checkpoint()
                 checkpoint = self._talk.current
                 self._do(self._loop.on_resumed(self._clock(), checkpoint.page_count, checkpoint.cut.bytes,
                                                checkpoint.pause_ms / 1000))
+                self._precedence.leave()
             elif event is GuestEvent.SAVE_FAILED:
                 self._finish_checkpoint()
+                self._precedence.leave()
                 self._do(self._loop.on_checkpoint_failed(self._talk.current.failure, self._clock()))
             elif event is GuestEvent.MIRROR_OVER:
                 if self._disks.open:  # Else it is we who ended it.
@@ -206,10 +221,13 @@ class PrimaryEngine:
                 self._loop.on_paused(event is GuestEvent.PAUSED)
 
     def _on_gate(self) -> None:
-        if self._loop.phase is Phase.STOPPED:
+        if self._loop.phase in (Phase.STOPPING, Phase.STOPPED):
             self._stats.mark(Stage.REST)
         self._do(self._loop.on_state_begins())
         self._talk.read_state()
+        self._listen_to_monitor()
+        # While the pages were looked through QEMU has written all, in most cases.
+        self._on_monitor()
 
     def _on_link(self) -> None:
         self._link.flush()
@@ -228,8 +246,9 @@ class PrimaryEngine:
         if self._buffers.hear():
             now = self._clock()
             self._loop.on_output(now)
-            self._selector.unregister(self._buffers)
-            self._next_listening = now + _LISTEN_S
+            if self._heard_at is None:
+                self._selector.unregister(self._buffers)
+            self._heard_at = now
         if self._buffers.is_filling:
             self._loop.on_filling()
 
@@ -237,8 +256,9 @@ class PrimaryEngine:
         self._do(acts)
         if acts:
             self._stats.committed()
-            if self._loop.learns_from_processors:
-                self._loop.on_released(self._processors.asleep(), self._clock())
+            # What has come meanwhile is the next epoch's.
+            self._on_output()
+            self._loop.on_released(self._loop.learns_from_processors and self._processors.asleep(), self._clock())
 
     def _on_disks(self) -> None:
         if not self._disks.may_read(self._loop.phase, self._link.queued):
@@ -294,14 +314,20 @@ class PrimaryEngine:
         self._memory.begin_capture()
         self._stats.began()
         trip(Fault.BEFORE_SAVE)
-        self._checkpoint_deadline = self._clock() + _CHECKPOINT_LIMIT_S
+        now = self._clock()
+        self._checkpoint_deadline = now + _CHECKPOINT_LIMIT_S
         self._watchdog.arm()
         self._precedence.take()
         self._talk.begin()
+        self._selector.register(self._gate, selectors.EVENT_READ, self._on_gate)
+        # It tells of its stop, and of each disk that comes to rest.
+        self._selector.unregister(self._monitor)
+        self._next_hearing = now + _UNHEARD_S
         trip(Fault.SAVE_SENT)
 
     def _capture(self) -> None:
-        self._buffers.cut()
+        self._tell_overheard(self._loop.epoch)
+        self._loop.on_cut(self._buffers.cut())
         self._talk.current.cut = self._disks.cut()
         trip(Fault.LOG_CUT)
         for pages in self._memory.capture():
@@ -320,11 +346,11 @@ class PrimaryEngine:
         trip(Fault.GATE_OPEN)
 
     def _finish_checkpoint(self) -> None:
-        self._precedence.leave()
+        # We keep ours until the epoch has left: that is what all wait for now.
+        self._precedence.leave_qemu()
         # The guest runs, and its output waits for us all the same.
         self._watchdog.arm()
-        if self._gate in self._selector.get_map():
-            self._selector.unregister(self._gate)
+        self._selector.unregister(self._gate)
         self._stats.mark(Stage.RESUME)
 
     def _ship(self) -> None:
@@ -338,9 +364,11 @@ class PrimaryEngine:
 
     def _send_commit(self) -> None:
         checkpoint = self._talk.current
-        shipped = self._freight.commit(self._loop.epoch, checkpoint)
+        frames, shipped = self._freight.commit(self._loop.epoch, checkpoint)
+        # All in one: the backup wakes up once.
         for packets in self._buffers.covered():
-            self._tell(wire.Kind.SAID, self._loop.epoch, packets)
+            frames += self._told(wire.Kind.SAID, self._loop.epoch, packets)
+        self._send(frames)
         trip(Fault.SHIPPED)
         self._stats.shipped(checkpoint, shipped)
 
@@ -354,24 +382,31 @@ class PrimaryEngine:
         trip(Fault.BEFORE_RELEASE)
         self._buffers.release()
         self._released = self._loop.epoch
+        self._next_telling = min(self._next_telling, self._clock() + _TELL_SOON_S)
+        self._tells_soon = True
         self._talk.prepare()
 
-    def _tell_overheard(self) -> None:
-        """Should the guest go on from its last checkpoint, it has not heard what came since."""
+    def _watch_overheard(self) -> None:
         now = self._clock()
-        if self._loop.phase not in _TELLING or now < self._next_telling:
-            return
-        self._next_telling = now + _TELL_S
-        covered_by = Epoch(self._loop.epoch + 1)
-        for packets in self._buffers.overheard():
-            if self._link.idle:
-                self._tell(wire.Kind.HEARD, covered_by, packets)
+        if self._loop.phase in _TELLING and now >= self._next_telling:
+            self._next_telling = now + _TELL_S
+            self._tells_soon = False
+            self._tell_overheard(Epoch(self._loop.epoch + 1))
+            if not self._link.idle:
+                self._send([])
 
-    def _tell(self, kind: wire.Kind, epoch: Epoch, packets: Packets) -> None:
-        """What is longer than the backup takes at once is not worth to be told."""
+    def _tell_overheard(self, covered_by: Epoch) -> None:
+        """Should the guest go on from its last checkpoint, it has not heard what came since. Goes with the next frame.
+        """
+        has_room = self._linked and self._link.idle
+        for packets in self._buffers.overheard():
+            if has_room:
+                self._link.queue(self._told(wire.Kind.HEARD, covered_by, packets))
+
+    def _told(self, kind: wire.Kind, epoch: Epoch, packets: Packets) -> list[Buffer]:
+        """The frame that tells of them. What is longer than the backup takes at once is not worth to be told."""
         frame = wire.encode_packets(kind, self._generation, epoch, packets)
-        if sum(map(len, frame)) <= self._limit:
-            self._send(frame)
+        return frame if sum(map(len, frame)) <= self._limit else []
 
     # The first copy
 
@@ -394,8 +429,25 @@ class PrimaryEngine:
     def _watch_output(self) -> None:
         """Wakes up for what the guest sends, unless it has sent something just now."""
         if self._next_listening is not None and self._clock() >= self._next_listening:
-            self._next_listening = None
+            self._heard_at = None
             self._selector.register(self._buffers, selectors.EVENT_READ, self._on_output)
+
+    @property
+    def _next_listening(self) -> float | None:
+        if self._heard_at is None:
+            return None
+        return self._heard_at + (_LISTEN_LATER_S if self._loop.phase in _ON_ITS_WAY else _LISTEN_S)
+
+    # QEMU's words
+
+    def _watch_monitor(self) -> None:
+        if self._next_hearing is not None and self._clock() >= self._next_hearing:
+            self._listen_to_monitor()
+
+    def _listen_to_monitor(self) -> None:
+        if self._next_hearing is not None:
+            self._next_hearing = None
+            self._selector.register(self._monitor, selectors.EVENT_READ, self._on_monitor)
 
     # The disks
 
@@ -404,11 +456,11 @@ class PrimaryEngine:
         if not self._disks.open:
             return
         wanted = self._disks.may_read(self._loop.phase, self._link.queued)
-        watched = self._disks in self._selector.get_map()
-        if wanted and not watched:
+        if wanted and not self._disks_watched:
             self._selector.register(self._disks, selectors.EVENT_READ, self._on_disks)
-        elif watched and not wanted:
+        elif self._disks_watched and not wanted:
             self._selector.unregister(self._disks)
+        self._disks_watched = wanted
         if not self._disks.has_room(self._link.queued):
             self._loop.on_filling()
 
@@ -426,7 +478,8 @@ class PrimaryEngine:
 
     def _unmirror(self) -> None:
         if self._disks.open:
-            if self._disks in self._selector.get_map():
+            if self._disks_watched:
+                self._disks_watched = False
                 self._selector.unregister(self._disks)
             self._watchdog.arm(_ASKING_SLACK_S)
             self._disks.close()

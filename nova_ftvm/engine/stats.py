@@ -46,6 +46,7 @@ class EpochLog:
         self._clock = clock
         self._count = 0
         self._began: float | None = None
+        self._began_us = 0
         self._last = clock()
         self._next_write = clock() + PERIOD_S
         self._row: dict[str, float] = {}
@@ -53,6 +54,7 @@ class EpochLog:
 
     def began(self) -> None:
         now = self._clock()
+        self._began_us = time.time_ns() // 1000
         self._row = {"epoch_ms": _ms(now - self._began) if self._began is not None else 0.0}
         self._began = self._last = now
 
@@ -64,6 +66,10 @@ class EpochLog:
     def shipped(self, checkpoint: Checkpoint, wire_bytes: int) -> None:
         """wire_bytes: what RAM and devices took on the link."""
         self.mark(Stage.SHIP)
+        # When it stopped only QEMU knows; by the wall clock.
+        at_rest = self._row[f"{Stage.REST}_ms"]
+        stop = min(max(0.0, (checkpoint.stopped_us - self._began_us) / 1000), at_rest)
+        self._row |= {f"{Stage.STOP}_ms": round(stop, 3), f"{Stage.REST}_ms": round(at_rest - stop, 3)}
         self._row |= {"pause_ms": round(checkpoint.pause_ms, 3), "pages": checkpoint.page_count,
                       "state_bytes": len(checkpoint.state), "disk_bytes": checkpoint.cut.bytes,
                       "wire_bytes": wire_bytes}

@@ -68,6 +68,8 @@ class Gate:
             except BlockingIOError:
                 return b"".join(parts)
             parts.append(part)
+            if len(part) < _CHUNK:
+                return b"".join(parts)
 
     def close(self) -> None:
         """The keeper does it, as if this process had died; until it is done QEMU has a reader here too."""

@@ -84,8 +84,13 @@ class GuestMemory:
         self._pagemap.close()
 
     def _runs(self, look: Look) -> list[tuple[int, np.ndarray]]:
-        return [(spot.index, dirty.runs_of(ranges, spot.start)) for spot in self._spots
-                if len(ranges := look(spot.start, spot.end))]
+        """What the look finds. Raises GuestGone."""
+        found = [(spot.index, dirty.runs_of(ranges, spot.start)) for spot in self._spots
+                 if len(ranges := look(spot.start, spot.end))]
+        if not found:
+            # A process that has ended has no pages, and on Linux 6.18 a look at them tells no more than that.
+            self.read(0, np.array([[0, 1]], np.uint32))
+        return found
 
 
 class TrackedMemory(GuestMemory):

@@ -85,12 +85,13 @@ class OutputBuffer:
         """Much is held: time for a checkpoint, while there is room."""
         return any(valve.held.size > _LIMIT_BYTES // 2 for valve in self._valves)
 
-    def cut(self) -> None:
-        """What the guest has sent until now the present checkpoint covers. The guest stands still. Raises OutputLost.
-        """
-        self.hear()
+    def cut(self) -> bool:
+        """What the guest has sent until now the present checkpoint covers. The guest stands still. Had some of it not
+        been heard? Raises OutputLost."""
+        heard = self.hear()
         for valve in self._valves:
             valve.cut()
+        return heard
 
     def covered(self) -> Iterator[Packets]:
         """What the last cut covers, where it is not much."""
@@ -243,5 +244,5 @@ def _received(end: socket.socket) -> Iterator[bytes]:
         except BlockingIOError:
             return
         yield received
-        if not received:
+        if len(received) < _CHUNK:
             return

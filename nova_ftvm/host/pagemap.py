@@ -27,6 +27,7 @@ _EXISTS = _PRESENT | _SWAPPED
 
 #: struct page_region: start, end, categories.
 _REGION_WORDS = 3
+_NOTHING = np.empty((0, _REGION_WORDS), np.uint64)
 
 
 class Pagemap:
@@ -36,6 +37,7 @@ class Pagemap:
         self._pid = pid
         self._fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         self._regions = np.zeros((regions_a_call, _REGION_WORDS), np.uint64)
+        self._place = self._regions.ctypes.data
 
     def take_written(self, start: int, end: int) -> np.ndarray:
         """The ranges written since the last call, protected again."""
@@ -61,14 +63,16 @@ class Pagemap:
         parts = []
         while start < end:
             argument = bytearray(_ARGUMENT.pack(
-                _ARGUMENT.size, flags, start, end, 0, self._regions.ctypes.data, len(self._regions), 0,
-                0, all_of, any_of, told))
+                _ARGUMENT.size, flags, start, end, 0, self._place, len(self._regions), 0, 0, all_of, any_of, told))
             # SAFE: the kernel writes at most len(regions) page_regions into an array that self keeps alive,
             # and walk_end within the bytearray.
             try:
                 found = fcntl.ioctl(self._fd, _PAGEMAP_SCAN, argument)
             except ProcessLookupError as error:
                 raise GuestGone(f"process {self._pid} ended") from error
-            parts.append(self._regions[:found].copy())
+            if found:
+                parts.append(self._regions[:found].copy())
             (start,) = struct.unpack_from("Q", argument, _WALK_END)
+        if not parts:
+            return _NOTHING
         return np.concatenate(parts) if len(parts) != 1 else parts[0]

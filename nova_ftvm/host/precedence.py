@@ -46,16 +46,23 @@ class Precedence:
             LOG.warning("no real-time priority in pauses, which needs CAP_SYS_NICE: %s", error)
             self.leave()
 
-    def leave(self) -> None:
+    def leave_qemu(self) -> None:
         """Idempotent, and for the gate's keeper too."""
-        for thread in self._takers:
+        for thread in self._takers[1:]:
             _give_back(thread)
+
+    def leave(self) -> None:
+        """Idempotent."""
+        self.leave_qemu()
+        _give_back(_SELF)
 
 
 class NoPrecedence:
     """ports.Precedence, where none is wanted."""
 
     def take(self) -> None: ...
+
+    def leave_qemu(self) -> None: ...
 
     def leave(self) -> None: ...
 

@@ -159,6 +159,8 @@ class Monitor:
                 raise GuestGone("QEMU closed its monitor")
             *lines, self._rest = (self._rest + chunk).split(b"\n")
             self._waiting += filter(self._is_wanted, (json.loads(line) for line in lines if line.strip()))
+            if len(chunk) < _CHUNK:
+                return
 
     def _is_wanted(self, message: Message) -> bool:
         """Not so the refusal of a command that was taken back. QEMU answers in order: the first answer is that."""

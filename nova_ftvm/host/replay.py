@@ -1,4 +1,5 @@
 """Packets that were under way when the primary died, said once more beside the promoted guest (core/packets.py).
+And reminders to its clients, in its name (core/reminders.py).
 
 A kindness: whatever goes wrong here, the guest runs, and TCP sends again what is missing.
 """
@@ -25,11 +26,15 @@ class Replay:
         self._monitor = monitor
         self._netdevs = {mac: netdev for netdev, mac in netfilter.interfaces(monitor).items()}
 
-    def replay(self, heard: Mapping[bytes, bytes], said: Mapping[bytes, bytes]) -> None:
-        """heard: to the guest, said: from it; by interface, as QEMU frames packets."""
-        LOG.info("said once more: %d bytes to the guest, %d from it", _size(heard), _size(said))
+    def replay(self, heard: Mapping[bytes, bytes], said: Mapping[bytes, bytes],
+               reminders: Mapping[bytes, bytes]) -> None:
+        """heard: to the guest, said and reminders: from it; by interface, as QEMU frames packets."""
+        LOG.info("said once more: %d bytes to the guest, %d from it, beside %d of reminders", _size(heard),
+                 _size(said), _size(reminders))
+        # The guest answers what it hears while the others go; those are one way, as each has its price in commands.
+        sent = {mac: reminders.get(mac, b"") + said.get(mac, b"") for mac in {**reminders, **said}}
         try:
-            for packets, kind, queue in ((heard, netfilter.HEARD, "tx"), (said, netfilter.SAID, "rx")):
+            for packets, kind, queue in ((heard, netfilter.HEARD, "tx"), (sent, netfilter.SAID, "rx")):
                 for mac, framed in packets.items():
                     if mac in self._netdevs:
                         self._say(kind, queue, self._netdevs[mac], framed)

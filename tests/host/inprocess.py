@@ -5,7 +5,7 @@ state was complete. So the gate is kept narrow at such a checkpoint and drained 
 of the state is read, the primary is looked at. The guest stands still then: its processors since the STOP event, its
 disks since QEMU drained and flushed them, QEMU's main thread because it is in the write to the gate. What the drain of
 the disks, or the saving of a device, wrote after our scan would show as a difference. The standby is looked at
-when the primary may release epoch N: N is applied then but for disk writes that still wait, which are waited for, and
+when the primary may release epoch N: what is still to be applied of it, and written to disks, is waited for, and
 N+1 cannot begin before the look is over, as it is the same thread.
 """
 
@@ -17,19 +17,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
 from nova_ftvm.cmd.engine import machine_type
 from nova_ftvm.core import dirty, wire
-from nova_ftvm.core.epoch import EpochLoop, Pace, Phase
+from nova_ftvm.core.epoch import Acts, EpochLoop, Pace, Phase
 from nova_ftvm.core.lease import Lease
 from nova_ftvm.core.policy import Policy
 from nova_ftvm.engine import link as links
+from nova_ftvm.engine import primary as engine_module
 from nova_ftvm.engine.backup import BackupEngine
 from nova_ftvm.engine.capture import Conversation
 from nova_ftvm.engine.primary import PrimaryEngine
-from nova_ftvm.engine.stats import EpochLog, Stage
+from nova_ftvm.engine.stats import EpochLog
 from nova_ftvm.host import netfilter, qmp
 from nova_ftvm.host.disks import (
     AttendedMonitor,
@@ -98,7 +100,8 @@ class NoNote:
 
 
 class NoReplay:
-    def replay(self, heard: Mapping[bytes, bytes], said: Mapping[bytes, bytes]) -> None: ...
+    def replay(self, heard: Mapping[bytes, bytes], said: Mapping[bytes, bytes],
+               reminders: Mapping[bytes, bytes]) -> None: ...
 
 
 class ObservedMemory(TrackedMemory):
@@ -144,17 +147,24 @@ class CopiesAtTheStop(ObservedMemory):
         return itertools.chain(self._early, super().capture())
 
 
-class StopLog(EpochLog):
+class StopLoop(EpochLoop):
     """Tells of each stop."""
 
-    def __init__(self, path: str, at_stop: Callable[[], None]) -> None:
-        super().__init__(path)
-        self._at_stop = at_stop
+    at_stop: Callable[[], None]
 
-    def mark(self, stage: Stage) -> None:
-        super().mark(stage)
-        if stage is Stage.STOP:
-            self._at_stop()
+    def on_stopped(self) -> Acts:
+        self.at_stop()
+        return super().on_stopped()
+
+
+class TellingBackup(BackupEngine):
+    """Tells which epoch was applied last: it is acknowledged before."""
+
+    applied = 0
+
+    def _take(self, frame: wire.Frame) -> None:
+        super()._take(frame)
+        self.applied = self._replica.committed
 
 
 class HeldGate(Gate):
@@ -240,7 +250,7 @@ class Comparison:
             memory = GuestMemory(theirs.pid, self._backup_blocks)
             memory.clear()
             self._replica = self._replica_type(theirs, self._backup_disks, self._export_path)
-            backup = BackupEngine(
+            backup = self._backup = TellingBackup(
                 generation=GENERATION, token=TOKEN, memory=memory, monitor=theirs, replay=NoReplay(),
                 expected=wire.Hello("pair", machine_type(theirs), tuple(self._backup_blocks),
                                     disks=tuple(self._backup_disks)),
@@ -278,14 +288,19 @@ class Comparison:
         buffers = ComparingBuffer(monitor, netfilter.interfaces(monitor))
         buffers.compare = self._compare
         processors = Processors(monitor)
+        loop = self._loop = StopLoop(Pace(Policy.FIXED, 0.02, 20.0, 0.5, 4, 2048), time.monotonic())
+        loop.at_stop = memory.at_stop
+        # The engine wakes up for QEMU's word of the stop only where somebody wants to know.
+        unheard_s = engine_module._UNHEARD_S if self._memory_type.at_stop is ObservedMemory.at_stop else 0.0
         try:
-            self.phase = self._engine_type(
-                generation=GENERATION, memory=memory, talk=Conversation(monitor, gate, ended_mirror),
-                monitor=monitor, gate=gate, buffers=buffers, link=link,
-                mirror=mirror, fixed=read_only_contents(self._disks), shallow=self.shallow, log_limit=LOG_LIMIT,
-                loop=EpochLoop(Pace(Policy.FIXED, 0.02, 20.0, 0.5, 4, 2048), time.monotonic()), control=self._orders,
-                pidfd=pidfd, watchdog=NoWatchdog(), note=NoNote(), processors=processors, precedence=NoPrecedence(),
-                stats=StopLog(str(self._folder / "epochs.jsonl"), memory.at_stop), frame_limit=LIMIT).run()
+            with patch.object(engine_module, "_UNHEARD_S", unheard_s):
+                self.phase = self._engine_type(
+                    generation=GENERATION, memory=memory, talk=Conversation(monitor, gate, ended_mirror),
+                    monitor=monitor, gate=gate, buffers=buffers, link=link, loop=loop, control=self._orders,
+                    mirror=mirror, fixed=read_only_contents(self._disks), shallow=self.shallow, log_limit=LOG_LIMIT,
+                    pidfd=pidfd, watchdog=NoWatchdog(), note=NoNote(), processors=processors,
+                    precedence=NoPrecedence(), stats=EpochLog(str(self._folder / "epochs.jsonl")),
+                    frame_limit=LIMIT).run()
         finally:
             gate.close()
             buffers.close()
@@ -304,6 +319,7 @@ class Comparison:
     def _compare(self) -> None:
         if self._seen is None:
             return
+        wait_for("the epoch is applied", lambda: self._backup.applied >= self._loop.epoch)
         replica = read_all(self._standby.pid, self._backup_blocks)
         assert replica.keys() == self._seen.keys()
         for name, contents in self._seen.items():

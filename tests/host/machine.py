@@ -155,7 +155,8 @@ class Network:
         self.ip("route", "change", f"{ip_interface(HOST_ADDRESS + '/24').network}", "dev", "br0", "proto", "kernel",
                 "scope", "link", "src", HOST_ADDRESS, "rto_min", f"{milliseconds}ms")
 
-    def socket(self, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
+    def socket(self, kind: socket.SocketKind = socket.SOCK_STREAM,
+               family: socket.AddressFamily = socket.AF_INET) -> socket.socket:
         """A socket within the namespace; where it was made is where it stays."""
         made: list[socket.socket] = []
 
@@ -164,7 +165,7 @@ class Network:
                 # SAFE: two integers; changes only this thread, which ends below.
                 if _libc.setns(namespace.fileno(), _CLONE_NEWNET):
                     raise OSError(ctypes.get_errno(), "setns")
-            made.append(socket.socket(socket.AF_INET, kind))
+            made.append(socket.socket(family, kind))
 
         thread = threading.Thread(target=make)
         thread.start()

@@ -21,6 +21,7 @@ from nova_ftvm.host.gate import Gate
 from nova_ftvm.host.pagemap import Pagemap
 from nova_ftvm.host.syscalls import NR_CLOSE
 from nova_ftvm.host.userfault import WriteProtection
+from nova_ftvm.host.watchdog import Watchdog
 from nova_ftvm.types import PAGE
 from tests.host import images
 from tests.host.machine import ROOT, die_with_the_tests, wait_for
@@ -322,6 +323,17 @@ def test_a_watchdog_that_was_disarmed_kills_nobody() -> None:
 def test_arming_again_starts_the_limit_anew() -> None:
     status, lived_s = run_watched("import time\nfor _ in range(5): time.sleep(0.1); dog.arm()\ntime.sleep(60)", 0.3)
     assert status == -signal.SIGKILL and lived_s > 0.7
+
+
+def test_arming_again_at_once_leaves_the_timer_as_it_is_and_a_shorter_time_counts_at_once() -> None:
+    dog = Watchdog(1.0)
+    settings: list[float] = []
+    dog._set = settings.append  # type: ignore[method-assign]
+    for slack_s in (0.0, 0.0, 0.05, 10.0, 10.0, 0.0):
+        dog.arm(slack_s)
+    dog.disarm()
+    dog.arm()
+    assert settings == [1.0, 11.0, 1.0, 0.0, 1.0]
 
 
 def test_a_block_that_ends_in_time_is_let_live_also_by_an_exception() -> None:

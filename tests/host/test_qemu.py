@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from nova_ftvm.core.reminders import STEPS, reminders
 from nova_ftvm.exception import GuestGone, OutputLost, QemuError, Unsupported
 from nova_ftvm.host import netfilter, qmp
 from nova_ftvm.host.memory import TrackedMemory, ram_blocks
@@ -26,6 +27,8 @@ from tests.host.machine import (
     Session,
     wait_for,
 )
+
+ETH_P_IP = 0x0800
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +318,7 @@ def test_a_guest_hears_again_what_came_for_it(guest: Qemu, buffer: OutputBuffer,
     assert not knocker.is_refused(0.3), "the guest was heard"
     buffer.remove()
     assert knocker.is_refused() and not knocker.is_refused(0.3)
-    Replay(monitor).replay({one.mac: bytes(one.framed) for one in heard}, {})
+    Replay(monitor).replay({one.mac: bytes(one.framed) for one in heard}, {}, {})
     assert knocker.is_refused(), "the guest did not hear it again"
     assert filters(monitor) == []
 
@@ -339,9 +342,35 @@ def test_what_a_guest_has_said_can_be_said_again(guest: Qemu, buffer: OutputBuff
     first = listener.drain()
     buffer.remove()
     listener.drain()
-    Replay(monitor).replay({}, {covered.mac: bytes(covered.framed), b"nobody": b"else"})
+    Replay(monitor).replay({}, {covered.mac: bytes(covered.framed), b"nobody": b"else"}, {})
     again = listener.hear(0.3)
     assert first and [number for number in again if number in first] == first
+    assert filters(monitor) == []
+
+
+def test_a_guests_clients_are_reminded_by_its_own_interface(guest: Qemu, buffer: OutputBuffer, monitor: qmp.Monitor,
+                                                            network: Network) -> None:
+    session = Session(network)
+    buffer.install()
+    pending = session.send()
+    port = session.connection.getsockname()[1].to_bytes(2, "big")
+    time.sleep(0.3)
+    buffer.cut()
+    covered = list(buffer.covered())
+    buffer.release()
+    session.receive(pending)
+    buffer.remove()
+    bridge = network.socket(socket.SOCK_RAW, socket.AF_PACKET)
+    bridge.settimeout(2.0)
+    bridge.bind(("br0", ETH_P_IP))
+    Replay(monitor).replay({}, {}, reminders(covered))
+    heard = 0
+    while heard < STEPS:
+        packet = bridge.recv(1 << 16)
+        heard += packet[23] == socket.IPPROTO_ICMP and packet[34:36] == b"\3\1" and port == packet[62:64]
+    bridge.close()
+    session.exchange(3)
+    session.close()
     assert filters(monitor) == []
 
 

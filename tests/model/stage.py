@@ -10,7 +10,7 @@ from typing import Any
 
 from nova_ftvm.core.epoch import OVER, PAUSED, Act
 from nova_ftvm.core.lease import HOLDS_REPLICA, Verdict, Watch
-from nova_ftvm.core.replica import Acknowledge
+from nova_ftvm.core.replica import Acknowledge, Apply
 from nova_ftvm.exception import FtvmError
 from nova_ftvm.failover.arbiter import NOTHING
 from nova_ftvm.types import Grant, PairState
@@ -215,6 +215,9 @@ class Stage:
                 self.lease(name, "on_committed")
                 if self.link.up:
                     self.link = self.link._replace(back=(*self.link.back, action.epoch))
+            elif isinstance(action, Apply):
+                replica, _ = self._rules.happen(replica, "apply")
+                self.set(name, backup=self.hosts[name].backup._replace(replica=replica))
 
     def promote(self, name: str, told: bool = True) -> None:
         """told: its engine lives to say so."""

@@ -152,10 +152,11 @@ class FakeBuffer(Bell):
             raise OutputLost(self.lost)
         return heard
 
-    def cut(self) -> None:
-        self.hear()
+    def cut(self) -> bool:
+        heard = self.hear()
         self.came.clear()
         self._sent.append("cut")
+        return heard
 
     def covered(self) -> list[Packets]:
         return self.sent_last
@@ -184,14 +185,17 @@ class FakePrecedence:
 
     def __init__(self, sent: list[str]) -> None:
         self._sent = sent
-        self.taken = False
+        self.taken = self.qemu_has_it = False
 
     def take(self) -> None:
-        self.taken = True
+        self.taken = self.qemu_has_it = True
         self._sent.append("precedence")
 
+    def leave_qemu(self) -> None:
+        self.qemu_has_it = False
+
     def leave(self) -> None:
-        self.taken = False
+        self.taken = self.qemu_has_it = False
 
 
 class FakeNote:

@@ -122,7 +122,7 @@ class Checker:
                 self.buffered = True
             elif act is Act.CAPTURE:
                 never(not self.saving or self.gate_open, "a capture of a running guest")
-                never(event != "state begins" or not self.stopped, "a capture before the disks are at rest")
+                never(event != "state begins", "a capture before the disks are at rest")
                 self.captured = True
             elif act is Act.OPEN_GATE:
                 never(not self.captured, "the gate opens without a capture")

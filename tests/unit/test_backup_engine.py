@@ -13,11 +13,13 @@ import pytest
 from nova_ftvm.core import wire
 from nova_ftvm.core.lease import Lease, Watch
 from nova_ftvm.core.packets import Packets
+from nova_ftvm.core.reminders import STEPS
 from nova_ftvm.engine import backup as backups
 from nova_ftvm.engine import link as links
 from nova_ftvm.engine.backup import BackupEngine
-from nova_ftvm.exception import ProtocolError
+from nova_ftvm.exception import GuestGone, ProtocolError
 from nova_ftvm.types import Disk, Epoch
+from tests.unit import test_reminders
 from tests.unit.engine_fakes import Bell, Clock, FakeControl, FakeMemory, FakeQemu, FakeReplicaDisks, Peer
 from tests.unit.frames import (
     BLOCKS,
@@ -31,6 +33,7 @@ from tests.unit.frames import (
     pages,
     write,
 )
+from tests.unit.test_packets import framed, unframed
 
 HELLO = wire.Hello("pair", "pc-i440fx-10.0", tuple(BLOCKS), disks=tuple(DISKS))
 BACKLOG_LIMIT = 10_000
@@ -41,9 +44,11 @@ class FakeReplay:
     """ports.Replay."""
 
     said_again: tuple[Mapping[bytes, bytes], Mapping[bytes, bytes]] | None = None
+    reminders: Mapping[bytes, bytes] | None = None
 
-    def replay(self, heard: Mapping[bytes, bytes], said: Mapping[bytes, bytes]) -> None:
-        self.said_again = heard, said
+    def replay(self, heard: Mapping[bytes, bytes], said: Mapping[bytes, bytes],
+               reminders: Mapping[bytes, bytes]) -> None:
+        self.said_again, self.reminders = (heard, said), reminders
 
 
 class Bench:
@@ -119,7 +124,8 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     made.listener.close()
 
 
-def test_an_epoch_is_acknowledged_only_after_it_was_written(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_epoch_is_acknowledged_when_it_is_whole_and_written_after_that(bench: Bench,
+                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     peer = bench.connect()
     first, *rest = epoch_frames(1, [pages([1], 11), pages([2], 12)], STATE)
     bench.send(first, *rest[:-1])
@@ -128,20 +134,21 @@ def test_an_epoch_is_acknowledged_only_after_it_was_written(bench: Bench, monkey
     write = bench.memory.write
     monkeypatch.setattr(bench.memory, "write", lambda p: (seen.append(peer.kinds()), write(p)))
     bench.send(rest[-1])
-    assert seen == [[], []] and bench.memory.pages == {(0, 1): 11, (0, 2): 12}
-    assert [(f.kind.name, f.epoch) for f in peer.read()] == [("ACK", 1)]
+    assert seen == [["ACK"], []] and bench.memory.pages == {(0, 1): 11, (0, 2): 12}
+    assert peer.read() == []
 
 
-def test_a_write_that_fails_is_not_acknowledged(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backup_that_cannot_write_what_it_has_acknowledged_says_so(bench: Bench,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     peer = bench.protect()
 
     def fails(_: object) -> None:
-        raise OSError(14, "bad address")
+        raise GuestGone("process 1 ended")
 
     monkeypatch.setattr(bench.memory, "write", fails)
-    with pytest.raises(OSError, match="bad address"):
-        bench.send(*epoch_frames(2, [pages([2])], STATE))
-    assert peer.read() == []
+    bench.send(*epoch_frames(2, [pages([2])], STATE))
+    assert not bench.engine.run()
+    assert peer.kinds() == ["ACK", "BYE"] and bench.control.told[-1] == "failed"
 
 
 def test_preloaded_pages_are_written_and_answered_with_nothing(bench: Bench) -> None:
@@ -394,7 +401,7 @@ def test_a_promotion_whose_disks_fail_is_none(bench: Bench, monkeypatch: pytest.
 
 # Packets under way
 
-MAC = b"\x52\0\0\0\0\1"
+MAC = test_reminders.MAC
 
 
 def packet_frame(kind: wire.Kind, epoch: int, text: bytes) -> bytes:
@@ -413,6 +420,24 @@ def test_a_promoted_guest_hears_what_came_since_its_checkpoint_and_says_what_tha
     assert bench.replay.said_again is None
     bench.turn()
     assert order == ["promoted"] and bench.replay.said_again == ({MAC: b"new"}, {MAC: b"said"})
+
+
+def test_a_promoted_guests_clients_are_reminded_of_what_committed_epochs_said(
+        bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.protect()
+    said = {port: framed(test_reminders.said(port, acknowledged)) for port, acknowledged in ((5000, 1), (5001, 2))}
+    for epoch in (2, 3):
+        bench.send(*epoch_frames(epoch, [], STATE), packet_frame(wire.Kind.SAID, epoch, said[4998 + epoch]))
+        bench.send(join(wire.encode(wire.Kind.BEAT, GENERATION, Epoch(epoch))))
+    for lost in (test_reminders.said(5000, 9), test_reminders.said(5002)):
+        bench.send(packet_frame(wire.Kind.SAID, 4, framed(lost)))
+    monkeypatch.setattr(backups, "promote", lambda *_: None)
+    bench.ask()
+    bench.control.grant(True)
+    bench.turn()
+    assert bench.replay.said_again == ({}, {}) and bench.replay.reminders is not None
+    assert [test_reminders.quoted(packet) for packet in unframed(bytes(bench.replay.reminders[MAC]))] == \
+        [(5001, 2)] * STEPS + [(5000, 1)] * STEPS
 
 
 def test_packets_change_nothing_of_the_epochs(bench: Bench) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nova_ftvm.core import delta, dirty, wire
-from nova_ftvm.core.replica import Replica, Write
+from nova_ftvm.core.replica import Apply, Replica
 from nova_ftvm.engine.capture import Checkpoint
 from nova_ftvm.engine.freight import Freight
 from nova_ftvm.exception import ProtocolError
@@ -33,14 +33,16 @@ class Line:
         epoch = Epoch(self.replica.committed + 1)
         for _ in self.freight.ship(epoch, checkpoint):
             pass
-        return self.freight.commit(epoch, checkpoint)
+        frames, shipped = self.freight.commit(epoch, checkpoint)
+        self._carry(frames)
+        return shipped
 
     def _carry(self, buffers: list[Buffer]) -> None:
         for frame in self.decoder.feed(join(buffers)):
             self.kinds.append(frame.kind)
             for action in self.replica.on_frame(frame):
-                if isinstance(action, Write):
-                    for piece in action.pages:
+                if isinstance(action, Apply):
+                    for piece in self.replica.apply():
                         self._write(piece)
 
     def _write(self, piece: dirty.Pages) -> None:

@@ -147,3 +147,40 @@ def test_no_more_than_the_limit_is_kept_in_each_direction() -> None:
     kept.on_committed(2)
     kept.on_heard(3, named("dd"))
     assert kept.heard == {MAC: b"dd"}
+
+
+def spoken(kept: InFlight) -> list[bytes]:
+    return [bytes(packets.framed) for packets in kept.spoken]
+
+
+def test_what_committed_checkpoints_cover_is_remembered_though_it_has_left() -> None:
+    kept = InFlight(LIMIT)
+    kept.on_said(1, named("a"))
+    kept.on_said(2, named("b", OTHER))
+    assert spoken(kept) == []
+    kept.on_committed(1)
+    assert spoken(kept) == [b"a"], "a guest that goes on from here has not said the other"
+    kept.on_committed(2)
+    kept.on_said(2, named("c"))
+    kept.on_released(2)
+    kept.on_committed(3)
+    kept.on_said(4, named("d"))
+    assert kept.said == {} and spoken(kept) == [b"a", b"b", b"c"]
+    assert [packets.mac for packets in kept.spoken] == [MAC, OTHER, MAC]
+
+
+def test_of_what_was_said_the_latest_is_remembered_within_the_limit() -> None:
+    kept = InFlight(5)
+    for epoch, text in enumerate(("aa", "bb", "", "c", "dd", "too much"), 1):
+        kept.on_committed(epoch)
+        kept.on_said(epoch, named(text))
+    assert spoken(kept) == [b"bb", b"c", b"dd"]
+
+
+def test_what_is_remembered_does_not_hold_all_that_came_with_it() -> None:
+    kept, received = InFlight(LIMIT), bytearray(b"an epoch, and what was said")
+    kept.on_committed(1)
+    kept.on_said(1, Packets(MAC, memoryview(received)[-4:]))
+    kept.on_released(1)
+    received[:] = b""  # BufferError, as long as somebody has a view of it.
+    assert spoken(kept) == [b"said"]

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from nova_ftvm.conf import engine as engine_conf
-from nova_ftvm.core.policy import Measured, Policy, due, learns, look, on_checkpoint, on_released, watches
+from nova_ftvm.core.policy import Measured, Policy, due, learns, look, on_checkpoint, on_cut, on_released, watches
 
 EPOCH_S = 0.05
 #: A step of the simulated time, shorter than anything that the policies tell apart.
@@ -16,13 +16,13 @@ STEP_S = 50e-6
 class Guest:
     """Sends at given times, and its processors are busy at others; a checkpoint stops it for `pause_s`."""
 
-    def __init__(self, policy: Policy, pause_s: float = 0.004, gather_s: float = math.inf,
-                 busy_s: float = 0.005) -> None:
+    def __init__(self, policy: Policy, pause_s: float = 0.004, gather_s: float = math.inf, busy_s: float = 0.005,
+                 in_vain: int = 0) -> None:
         self.policy = policy
         self.pause_s = pause_s
         self.now = 0.0
         self.busy_until = 0.0
-        self.seen = Measured(0.0, pause_s, busy_s=busy_s, commit_s=pause_s, gather_s=gather_s)
+        self.seen = Measured(0.0, pause_s, busy_s=busy_s, commit_s=pause_s, gather_s=gather_s, in_vain=in_vain)
         self.checkpoints: list[float] = []
         #: How long each output waited for a checkpoint.
         self.waits: list[float] = []
@@ -175,6 +175,8 @@ class Service:
         on_checkpoint(self.seen, began)
         self._run_until(self.now + self.TO_STOP_S, self.share)
         covered, self._held = self._held, 0
+        if self.seen.output_since is not None:
+            on_cut(self.seen, covered > 1)
         self.now += self.PAUSE_S
         self._served_at += self.PAUSE_S
         self.seen = dataclasses.replace(self.seen, resumed=self.now, output_since=None, asleep_since=None)
@@ -241,15 +243,37 @@ def test_a_guest_with_much_to_do_need_not_run_dry_and_one_that_does_anyway_says_
 
 
 def test_who_has_little_to_say_is_not_waited_for_until_there_is_more() -> None:
-    guest = Guest(Policy.ADAPTIVE, busy_s=0.0)
-    guest.run(0.1)
-    guest.send(busy_s=0.002)
-    guest.run(0.2)
-    assert max(guest.waits) <= 2 * STEP_S
+    guest = Guest(Policy.ADAPTIVE)
+
+    def waits(until: float) -> bool:
+        guest.send(busy_s=0.002)
+        guest.run(until)
+        return guest.waits[-1] > 0.002
+
+    for number in range(4):
+        assert waits(0.1 * (number + 1))
+        on_cut(guest.seen, more=False)
+    assert not waits(0.5) and guest.waits[-1] <= 2 * STEP_S
     on_released(guest.seen, is_busy=True)
-    guest.send(busy_s=0.002)
-    guest.run(0.3)
-    assert guest.waits[-1] > 0.002
+    assert not waits(0.6), "what it does beside that is not said"
+    guest.seen.output_since = guest.now
+    on_released(guest.seen, is_busy=False)
+    assert waits(0.7), "it had more to say"
+
+
+def test_one_reply_that_found_company_is_enough_to_be_waited_for() -> None:
+    seen = Measured(0.0, busy_s=0.001, in_vain=3)
+    on_cut(seen, more=True)
+    on_cut(seen, more=False)
+    seen.output_since = 1.0
+    assert watches(Policy.ADAPTIVE, seen)
+
+
+def test_what_a_brief_guest_still_says_until_it_stands_is_no_reason_to_wait_for_it() -> None:
+    seen = Measured(0.0, busy_s=0.001, in_vain=4)
+    on_cut(seen, more=True)
+    seen.output_since = 1.0
+    assert not watches(Policy.ADAPTIVE, seen), "the checkpoint that it did not have to wait for covers it"
 
 
 def test_nobody_looks_while_the_guest_is_surely_busy() -> None:
@@ -292,7 +316,10 @@ def test_an_operator_can_choose_each_policy_and_no_other() -> None:
 
 
 def test_nobody_looks_at_processors_that_do_not_matter() -> None:
-    talking, silent = Measured(0.0, 0.0, output_since=1.0), Measured(0.0)
+    talking, silent = Measured(0.0, 0.0, output_since=1.0, busy_s=0.001), Measured(0.0)
     assert [watches(policy, talking) for policy in Policy] == [False, False, True]
     assert not any(watches(policy, silent) for policy in Policy)
-    assert [policy for policy in Policy if learns(policy)] == [Policy.ADAPTIVE]
+    assert not watches(Policy.ADAPTIVE, dataclasses.replace(talking, in_vain=4)), "nobody waits for it"
+    assert not any(learns(policy, silent) for policy in Policy), "all is gathered"
+    assert not watches(Policy.ADAPTIVE, dataclasses.replace(talking, busy_s=0.0)), "nor for this one"
+    assert [policy for policy in Policy if learns(policy, Measured(0.0, gather_s=0.004))] == [Policy.ADAPTIVE]

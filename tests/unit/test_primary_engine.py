@@ -11,13 +11,13 @@ from nova_ftvm.core import wire
 from nova_ftvm.core.epoch import EpochLoop, Pace, Phase
 from nova_ftvm.core.packets import Packets
 from nova_ftvm.core.policy import Policy
-from nova_ftvm.core.replica import Replica, Write
-from nova_ftvm.engine.capture import Conversation
+from nova_ftvm.core.replica import Acknowledge, Apply, Replica
+from nova_ftvm.engine.capture import Checkpoint, Conversation
 from nova_ftvm.engine.link import Link
 from nova_ftvm.engine.primary import PrimaryEngine
-from nova_ftvm.engine.stats import EpochLog
+from nova_ftvm.engine.stats import EpochLog, Stage
 from nova_ftvm.exception import QemuError
-from nova_ftvm.types import Buffer
+from nova_ftvm.types import Buffer, Epoch
 from tests.unit.engine_fakes import (
     Bell,
     Clock,
@@ -53,11 +53,11 @@ class Bench:
         self.note, self.processors = FakeNote(self.qemu.sent), FakeProcessors()
         self.precedence = FakePrecedence(self.qemu.sent)
         self.loop = EpochLoop(pace, self.clock.now)
+        self.talk = Conversation(self.qemu, self.gate, lambda message: (
+            message["event"] if message["event"].startswith("BLOCK_JOB") else ""))
         self.engine = PrimaryEngine(
             generation=GENERATION, loop=self.loop, memory=self.memory, monitor=self.qemu, gate=self.gate,
-            talk=Conversation(self.qemu, self.gate,
-                              lambda message: message["event"] if message["event"].startswith("BLOCK_JOB") else ""),
-            buffers=self.buffers, mirror=self.mirror, fixed=iter([write(2, 0, b"config")]), shallow={1},
+            talk=self.talk, buffers=self.buffers, mirror=self.mirror, fixed=iter([write(2, 0, b"config")]), shallow={1},
             log_limit=LOG_LIMIT, link=Link(ours, GENERATION, LIMIT), note=self.note, processors=self.processors,
             precedence=self.precedence, control=self.control, pidfd=self.pidfd.fileno(), watchdog=self.watchdog,
             frame_limit=LIMIT, stats=EpochLog(str(folder / "epochs.jsonl"), self.clock), clock=self.clock)
@@ -79,7 +79,9 @@ class Bench:
         raise AssertionError("the first copy did not end")
 
     def stop_guest(self) -> None:
+        """And its disks take their time to come to rest."""
         self.qemu.event("STOP", 1)
+        self.clock.now += 0.005
         self.turn()
 
     def begin_state(self) -> None:
@@ -141,22 +143,68 @@ def test_an_epoch_goes_out_whole_and_in_order_and_its_output_waits(bench: Bench)
     frames += bench.peer.read()
     assert [frame.kind.name for frame in frames] == ["CHANGES", "DEVICE_CHANGES", "COMMIT"]
     replica = Replica(bench.memory.blocks)
-    actions = [action for frame in frames for action in replica.on_frame(frame)]
-    assert isinstance(actions[0], Write) and [p.runs.tolist() for p in actions[0].pages] == [[[5, 2]]]
+    assert [action for frame in frames for action in replica.on_frame(frame)] == [Acknowledge(Epoch(1)), Apply()]
+    assert [p.runs.tolist() for p in replica.apply()] == [[[5, 2]]]
     assert replica.device_state == STATE
     assert "release" not in bench.qemu.sent and bench.control.told == []
     bench.acknowledge(1)
     assert bench.qemu.sent.count("release") == 1 and bench.control.told == ["protected"]
 
 
+def test_the_device_state_tells_of_the_stop_before_qemus_word_of_it_is_heard(bench: Bench) -> None:
+    bench.copy()
+    bench.peer.read()
+    bench.memory.put(0, 5, 50)
+    bench.qemu.event("STOP", 1)
+    bench.turn()
+    assert bench.qemu.rings() and bench.loop.phase is Phase.STOPPING, "nobody wakes up for it"
+    bench.begin_state()
+    assert not bench.qemu.rings() and bench.gate.wide and bench.loop.phase is Phase.DRAINING
+    bench.end_save()
+    assert bench.loop.phase is Phase.UNACKNOWLEDGED and bench.talk.current.pause_ms == 2.0
+    assert bench.peer.kinds()[-1] == "COMMIT"
+
+
+def test_a_save_that_is_refused_at_once_is_heard_of_within_a_bound(bench: Bench) -> None:
+    bench.copy()
+    bench.qemu.answer("save", "no space")
+    bench.turn()
+    assert bench.loop.phase is Phase.STOPPING
+    bench.clock.now += 0.005
+    bench.turn()
+    assert bench.loop.phase is Phase.HOLDING and bench.control.told == ["ask_degrade"]
+
+
+@pytest.mark.parametrize("late_ms, stages", [(0.0, (3.0, 7.0)), (-1e6, (0.0, 10.0)), (1e6, (10.0, 0.0))])
+def test_when_the_guest_stopped_only_qemu_knows_by_a_clock_that_may_be_set(bench: Bench, late_ms: float,
+                                                                           stages: tuple[float, float]) -> None:
+    stats, checkpoint = bench.engine._stats, Checkpoint()
+    stats.began()
+    checkpoint.stopped_us = stats._began_us + 3000 + int(late_ms * 1000)
+    bench.clock.now += 0.01
+    stats.mark(Stage.REST)
+    stats.shipped(checkpoint, 0)
+    assert (stats._row["stop_ms"], stats._row["rest_ms"]) == stages
+
+
 @pytest.mark.parametrize("error", ["", "no space"])
-def test_engine_and_qemu_have_precedence_until_the_guest_runs_again(bench: Bench, error: str) -> None:
+def test_qemu_has_precedence_until_the_guest_runs_again_and_the_engine_until_the_epoch_has_left(
+        bench: Bench, error: str) -> None:
     bench.copy()
     bench.stop_guest()
     bench.begin_state()
-    assert bench.precedence.taken
+    assert bench.precedence.taken and bench.precedence.qemu_has_it
+    had = []
+    send = bench.engine._send
+
+    def told(frames: list[Buffer]) -> None:
+        had.append((bench.precedence.taken, bench.precedence.qemu_has_it))
+        send(frames)
+
+    bench.engine._send = told
     bench.end_save(error)
-    assert not bench.precedence.taken
+    assert had[:1] == ([] if error else [(True, False)])
+    assert not bench.precedence.taken and not bench.precedence.qemu_has_it
 
 
 @pytest.mark.parametrize("seconds", [0.001, 0.01])
@@ -235,15 +283,31 @@ def test_the_backup_is_told_what_its_guest_would_not_have_heard_and_what_may_not
     bench.turn()
     bench.buffers.came.append(CAME)
     bench.buffers.sent_last.append(SENT)
+    bench.memory.put(0, 5, 50)
     bench.clock.now += 0.01
     bench.stop_guest()
     bench.begin_state()
-    assert told(bench) == [], "the checkpoint covers it"
+    assert told(bench) == [("HEARD", 2, CAME)], "until the checkpoint that covers it is committed"
     bench.end_save()
     assert told(bench) == [("SAID", 2, SENT)]
     bench.buffers.came.append(CAME)
     bench.clock.now += 0.01
     bench.turn()
+    assert told(bench) == [("HEARD", 3, CAME)]
+
+
+def test_clients_that_send_again_after_a_release_are_told_of_soon(bench: Bench) -> None:
+    bench.checkpoint()
+    bench.engine._loop._pace = dataclasses.replace(PACE, epoch_s=100.0)
+    bench.clock.now += 0.01
+    bench.turn()
+    bench.loop.on_filling()
+    bench.checkpoint()
+    del bench.engine._patience
+    assert bench.engine._patience() == pytest.approx(0.001)
+    bench.buffers.came.append(CAME)
+    bench.clock.now += 0.001
+    bench.turn(1)
     assert told(bench) == [("HEARD", 3, CAME)]
 
 
@@ -309,6 +373,7 @@ def test_much_that_is_held_brings_a_checkpoint_whatever_the_policy_says(tmp_path
 def test_processors_are_looked_at_while_output_is_gathered(tmp_path: Path) -> None:
     bench = Bench(tmp_path, dataclasses.replace(PACE, policy=Policy.ADAPTIVE))
     bench.checkpoint()
+    bench.loop._seen.busy_s = 0.005
     bench.buffers.ring()
     bench.turn()
     assert bench.loop.phase is Phase.RUNNING
@@ -344,6 +409,23 @@ def test_nobody_wakes_up_for_each_packet(tmp_path: Path) -> None:
         bench.buffers.ring()
         bench.turn(1)
         assert bench.buffers.rings() is not heard
+
+
+def test_what_is_said_while_an_epoch_is_on_its_way_wakes_nobody_and_is_known_at_the_release(bench: Bench) -> None:
+    bench.copy()
+    bench.stop_guest()
+    bench.begin_state()
+    bench.buffers.ring()
+    bench.turn()
+    bench.end_save()
+    assert bench.loop.phase is Phase.UNACKNOWLEDGED
+    bench.buffers.ring()
+    bench.turn(1)
+    bench.buffers.ring()
+    bench.turn()
+    assert bench.buffers.rings()
+    bench.acknowledge(1)
+    assert not bench.buffers.rings() and bench.loop._seen.output_since is not None
 
 
 def test_an_acknowledgement_of_another_epoch_releases_nothing(bench: Bench) -> None:

@@ -1,29 +1,47 @@
 """core/replica.py: a whole epoch or nothing."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nova_ftvm.core import wire
+from nova_ftvm.core import delta, wire
 from nova_ftvm.core.disk import DiskWrite
-from nova_ftvm.core.replica import Acknowledge, Replica, Write, WriteDisks
+from nova_ftvm.core.replica import Acknowledge, Action, Apply, Replica, Write, WriteDisks
 from nova_ftvm.exception import ProtocolError
 from nova_ftvm.types import Epoch
-from tests.unit.frames import BLOCKS, DISKS, GENERATION, decode, disk_frames, epoch_frames, page_frames, pages, write
+from tests.unit.frames import (
+    BLOCKS,
+    DISKS,
+    GENERATION,
+    LIMIT,
+    decode,
+    disk_frames,
+    epoch_frames,
+    page_frames,
+    pages,
+    write,
+)
 
 EPOCH_1 = decode(*epoch_frames(1, [pages([1, 2, 9]), pages([0], 2, block=1)], b"state 1"))
 EPOCH_2 = decode(*epoch_frames(2, [pages([2], 3)], b"state 2", writes=[write(0, 0, b"new"), write(1, 8, b"er")]))
 PRELOAD = decode(*page_frames(wire.Kind.PRELOAD, 0, pages([5, 6])))[0]
 
 
+def carried_out(replica: Replica, frame: wire.Frame) -> list[Action]:
+    """As the engine does: what is to be applied is what is written."""
+    return [Write(tuple(replica.apply())) if action == Apply() else action for action in replica.on_frame(frame)]
+
+
 def fed(frames: list[wire.Frame]) -> tuple[Replica, list]:
     replica = Replica(BLOCKS, DISKS)
-    return replica, [action for frame in frames for action in replica.on_frame(frame)]
+    return replica, [action for frame in frames for action in carried_out(replica, frame)]
 
 
-def test_an_epoch_is_written_once_whole_and_acknowledged_after_that() -> None:
+def test_an_epoch_is_acknowledged_when_it_is_here_and_written_once_and_whole() -> None:
     replica, actions = fed(EPOCH_1)
-    write, acknowledge = actions
+    acknowledge, write = actions
     assert isinstance(write, Write) and [(p.block, p.count) for p in write.pages] == [(0, 3), (1, 1)]
     assert acknowledge == Acknowledge(Epoch(1))
     assert (replica.committed, replica.device_state) == (1, b"state 1")
@@ -44,7 +62,7 @@ def test_a_lost_repeated_or_reordered_frame_never_commits_a_wrong_epoch(data: st
     actions: list = []
     try:
         for frame in frames:
-            actions += replica.on_frame(frame)
+            actions += carried_out(replica, frame)
     except ProtocolError:
         pass
     if not actions:
@@ -78,9 +96,18 @@ def test_an_epoch_without_device_state_is_refused() -> None:
     assert replica.committed == 0
 
 
+def test_changes_whose_words_do_not_fit_their_masks_are_refused_before_anything_is_acknowledged() -> None:
+    whole = decode(*(b"".join(map(bytes, frame)) for _, frame in wire.encode_changes(
+        GENERATION, Epoch(1), pages([1, 2]), delta.Memory(), LIMIT)))[0]
+    replica = Replica(BLOCKS)
+    with pytest.raises(ProtocolError, match="words do not fit"):
+        replica.on_frame(dataclasses.replace(whole, payload=bytes(whole.payload) + bytes(8)))
+    assert replica.on_frame(whole) == () and replica.committed == 0
+
+
 def test_an_epoch_without_pages_is_an_epoch() -> None:
     replica, actions = fed(decode(*epoch_frames(1, [])))
-    assert actions == [Write(()), Acknowledge(Epoch(1))]
+    assert actions == [Acknowledge(Epoch(1)), Write(())]
     assert replica.committed == 1
 
 
@@ -120,7 +147,7 @@ def test_pages_that_leave_a_block_are_refused_and_not_staged() -> None:
     with pytest.raises(ProtocolError, match="leaves RAM block"):
         replica.on_frame(EPOCH_1[0])
     whole = decode(*epoch_frames(1, [pages([0])]))
-    assert [type(action) for frame in whole for action in replica.on_frame(frame)] == [Write, Acknowledge]
+    assert [type(action) for frame in whole for action in replica.on_frame(frame)] == [Acknowledge, Apply]
 
 
 # Disks
@@ -130,9 +157,9 @@ def told(writes: tuple[DiskWrite, ...]) -> list[tuple[int, int, bytes]]:
     return [(w.disk, w.offset, bytes(w.contents)) for w in writes]
 
 
-def test_an_epochs_disk_writes_come_in_their_order_between_its_pages_and_the_acknowledgement() -> None:
+def test_an_epochs_disk_writes_come_in_their_order_before_the_acknowledgement_that_may_have_to_wait_for_them() -> None:
     _, actions = fed(EPOCH_1 + EPOCH_2)
-    write_pages, disks, acknowledge = actions[2:]
+    disks, acknowledge, write_pages = actions[2:]
     assert isinstance(write_pages, Write) and isinstance(disks, WriteDisks) and acknowledge == Acknowledge(Epoch(2))
     assert told(disks.writes) == [(0, 0, b"new"), (1, 8, b"er")]
 
@@ -147,7 +174,7 @@ def test_disk_writes_may_come_over_long_before_the_rest_of_their_epoch() -> None
     rest = epoch_frames(1, [pages([3])])[:-1]
     commit = [b"".join(bytes(b) for b in wire.encode_commit(GENERATION, Epoch(1), 4, 1, 2))]
     replica, actions = fed(decode(*first, *second, *rest, *commit))
-    assert replica.committed == 1 and told(actions[1].writes) == [(0, 0, b"x"), (0, 512, b"x")]
+    assert replica.committed == 1 and told(actions[0].writes) == [(0, 0, b"x"), (0, 512, b"x")]
 
 
 def test_a_disk_write_that_is_missing_keeps_the_epoch_back() -> None:
