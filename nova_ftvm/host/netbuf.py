@@ -244,5 +244,5 @@ def _received(end: socket.socket) -> Iterator[bytes]:
         except BlockingIOError:
             return
         yield received
-        if len(received) < _CHUNK:
+        if not received:
             return
