@@ -95,7 +95,7 @@ class Bench:
         after = probes.read()
         row = bench_figures.row(outcome, before, after, probes.epochs(before.at, after.at))
         known.setdefault(policy, []).append(row)
-        found = self.rows[workload.name][policy]
+        found = bench_figures.compared(known)[policy]
         self.stage.progress.step(
             f"{policy}: {workload.name} {outcome.throughput:.1f} {outcome.unit}, ratio {found['throughput_ratio']},"
             f" round trip {outcome.rtt_ms_p50} ms, pause {found.get('pause_ms_p50')} ms")

@@ -13,7 +13,7 @@ POLICIES = ("fixed", "event", "adaptive")
 PAGE = 4096
 #: What a checkpoint consists of, in its order; as engine/stats.py names them.
 STAGES = ("stop", "rest", "capture", "resume", "ship", "ack")
-#: At most so many checkpoints of a workload are kept for the plots.
+#: At most so many checkpoints of a workload, each time, are kept for the plots.
 SAMPLES = 400
 
 Row = dict[str, Any]
@@ -66,11 +66,10 @@ class Snapshot:
     link_bytes: int = 0
 
 
-def row(outcome: Outcome, before: Snapshot, after: Snapshot, epochs: Epochs) -> Row:
-    """One workload under one policy, once."""
+def row(outcome: Outcome, before: Snapshot, after: Snapshot, epochs: Epochs | None) -> Row:
+    """One workload under one policy, once. epochs: None without protection."""
     seconds = max(after.at - before.at, 1e-3)
-    link_mib_s = (after.link_bytes - before.link_bytes) / seconds / (1 << 20)
-    return {
+    found: Row = {
         "throughput": round(outcome.throughput, 3),
         "unit": outcome.unit,
         "rtt_ms_p50": outcome.rtt_ms_p50,
@@ -81,9 +80,11 @@ def row(outcome: Outcome, before: Snapshot, after: Snapshot, epochs: Epochs) -> 
         "cores": {name: round((value - before.cpu_s[name]) / seconds, 4)
                   for name, value in after.cpu_s.items() if name in before.cpu_s},
         "rss_mib": {name: round(value, 1) for name, value in after.rss_mib.items()},
-        "link_mib_s": round(link_mib_s, 3),
-        **(_checkpoints(epochs) if epochs.pages else {}),
     }
+    if epochs is None:
+        return found
+    link_mib_s = (after.link_bytes - before.link_bytes) / seconds / (1 << 20)
+    return found | {"link_mib_s": round(link_mib_s, 3)} | _checkpoints(epochs)
 
 
 #: Of several times their sum, or all of them, and of all else the mean.

@@ -50,7 +50,7 @@ class Delta:
     @property
     def is_whole(self) -> bool:
         """Are there as many words as the masks name?"""
-        return int(np.unpackbits(self.masks).sum(dtype=np.int64)) == len(self.words)
+        return int.from_bytes(self.masks.tobytes(), "big").bit_count() == len(self.words)
 
 
 class Worth:
