@@ -1,7 +1,9 @@
-"""PAGEMAP_SCAN: which pages of a process were written since the last look (Linux 6.7).
+"""PAGEMAP_SCAN: which pages of a process were written since they were protected (Linux 6.7).
 
-One ioctl returns the written ranges and write-protects them again, atomically a page: no write is missed
-between the two. Source: Documentation/admin-guide/mm/pagemap.rst.
+One ioctl returns the written ranges and, if asked to, write-protects them again, atomically a page: no write is missed
+between the two. A scan that protects tells the mmu notifiers of the whole range that it is given, whatever it finds
+(fs/proc/task_mmu.c, do_pagemap_scan): KVM then forgets every page of it that the guest has mapped. A scan that only
+looks tells nobody. Source: Documentation/admin-guide/mm/pagemap.rst.
 """
 
 import fcntl
@@ -15,7 +17,6 @@ from nova_ftvm.exception import GuestGone
 _PAGEMAP_SCAN = 0xC0606610
 #: struct pm_scan_arg: size flags start end walk_end vec vec_len max_pages inverted mask anyof_mask return_mask
 _ARGUMENT = struct.Struct("12Q")
-_WALK_END = 4 * 8
 
 _WP_MATCHING = 1 << 0
 _CHECK_WPASYNC = 1 << 1
@@ -38,6 +39,10 @@ class Pagemap:
         self._fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         self._regions = np.zeros((regions_a_call, _REGION_WORDS), np.uint64)
         self._place = self._regions.ctypes.data
+
+    def written(self, start: int, end: int) -> np.ndarray:
+        """The ranges that are not protected: written since they were, or not protected again since. Protects none."""
+        return self._scan(start, end, _CHECK_WPASYNC, all_of=_WRITTEN, told=_WRITTEN)[:, :2]
 
     def take_written(self, start: int, end: int) -> np.ndarray:
         """The ranges written since the last call, protected again."""
@@ -72,7 +77,10 @@ class Pagemap:
                 raise GuestGone(f"process {self._pid} ended") from error
             if found:
                 parts.append(self._regions[:found].copy())
-            (start,) = struct.unpack_from("Q", argument, _WALK_END)
+            if found < len(self._regions):
+                break
+            # Not from walk_end: the kernel leaves there where its own buffer of 512 regions was full for the last time.
+            start = int(self._regions[-1, 1])
         if not parts:
             return _NOTHING
         return np.concatenate(parts) if len(parts) != 1 else parts[0]

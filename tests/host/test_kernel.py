@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="not root")
 
 GETPID = 39
 
-#: Maps pages, tells where, and does what it is told: 'w N' writes page N, 'z N' drops it, 'q' quits.
+#: Maps pages, tells where, and does what it is told: 'w N' writes page N, 'e N' every Nth page, 'z N' drops it.
 MAPPER = """
 import ctypes, mmap, sys
 memory = mmap.mmap(-1, {pages} * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -44,6 +44,8 @@ for line in sys.stdin:
     value = value % 255 + 1
     if what == 'w': memory[int(page) * 4096 + 5] = value
     if what == 'z': memory.madvise(mmap.MADV_DONTNEED, int(page) * 4096, 4096)
+    if what == 'e':
+        for other in range(0, {pages}, int(page)): memory[other * 4096 + 5] = value
     print('done', flush=True)
 """
 
@@ -200,6 +202,64 @@ sys.stdin.readline()
 
 
 @pytest.mark.skipif(not images.can_be_slowed(ROOT), reason="no control group can slow this disk down")
+@pytest.mark.parametrize("regions_a_call", [64, 512, 700, 1 << 16])
+def test_more_regions_than_the_kernel_gathers_at_once_are_told_once_each(regions_a_call: int) -> None:
+    mapper = Mapper(4096, 0)
+    try:
+        mapper.do("e", 3)
+        pagemap = Pagemap(mapper.pid, regions_a_call)
+        expected = list(range(0, 4096, 3))
+        assert mapper.numbers(pagemap.existing(mapper.start, mapper.end)) == expected
+        with_protection = WriteProtection(mapper.pid, os.pidfd_open(mapper.pid))
+        with_protection.register(mapper.start, mapper.end - mapper.start)
+        pagemap.take_written(mapper.start, mapper.end)
+        mapper.do("e", 3)
+        assert mapper.numbers(pagemap.written(mapper.start, mapper.end)) == expected
+        assert mapper.numbers(pagemap.take_written(mapper.start, mapper.end)) == expected
+        assert mapper.numbers(pagemap.written(mapper.start, mapper.end)) == []
+    finally:
+        mapper.end_it()
+
+
+def test_what_is_protected_range_by_range_is_found_when_it_is_written_again(mapper: Mapper) -> None:
+    protection = WriteProtection(mapper.pid, os.pidfd_open(mapper.pid))
+    protection.register(mapper.start, mapper.end - mapper.start)
+    pagemap = Pagemap(mapper.pid)
+    pagemap.take_written(mapper.start, mapper.end)
+    for page in (3, 4, 40):
+        mapper.do("w", page)
+    found = pagemap.written(mapper.start, mapper.end)
+    assert mapper.numbers(found) == [3, 4, 40]
+    assert mapper.numbers(pagemap.written(mapper.start, mapper.end)) == [3, 4, 40], "a look protects nothing"
+    protection.protect(found[:1])
+    assert mapper.numbers(pagemap.written(mapper.start, mapper.end)) == [40]
+    protection.protect(found[1:])
+    mapper.do("w", 4)
+    assert mapper.numbers(pagemap.written(mapper.start, mapper.end)) == [4]
+
+
+def test_a_page_that_was_dropped_is_written_until_it_is_protected(mapper: Mapper) -> None:
+    protection = WriteProtection(mapper.pid, os.pidfd_open(mapper.pid))
+    protection.register(mapper.start, mapper.end - mapper.start)
+    pagemap = Pagemap(mapper.pid)
+    pagemap.take_written(mapper.start, mapper.end)
+    mapper.do("z", 2)
+    found = pagemap.written(mapper.start, mapper.end)
+    assert mapper.numbers(found) == [2]
+    protection.protect(found)
+    assert mapper.numbers(pagemap.written(mapper.start, mapper.end)) == []
+    mapper.do("w", 2)
+    assert mapper.numbers(pagemap.written(mapper.start, mapper.end)) == [2]
+
+
+def test_protecting_the_memory_of_a_process_that_ended_is_a_guest_that_is_gone(mapper: Mapper) -> None:
+    protection = WriteProtection(mapper.pid, os.pidfd_open(mapper.pid))
+    protection.register(mapper.start, mapper.end - mapper.start)
+    mapper.end_it()
+    with pytest.raises(GuestGone):
+        protection.protect(np.array([[mapper.start, mapper.end]], np.uint64))
+
+
 def test_a_transfer_that_is_under_way_marks_its_pages_when_it_begins_and_not_when_it_ends(tmp_path: Path) -> None:
     """So a page that a look found written must not be copied before the disks are at rest."""
     length = 128 * PAGE
