@@ -17,6 +17,7 @@ from oslo_log import log
 from nova_ftvm.cloud import servers
 from nova_ftvm.cloud.partners import PartnerAway, Partners
 from nova_ftvm.core import domain
+from nova_ftvm.core.kind import Abilities
 from nova_ftvm.exception import Unsupported
 from nova_ftvm.types import InstanceId
 
@@ -58,7 +59,8 @@ def armed(domain_xml: str, instance: objects.Instance, network_info: Sequence[ne
             prepared = partners.prepare_domain(host, InstanceId(instance.uuid))
             if prepared["capable"]:
                 return domain.arm(domain_xml, prepared["monitor"],
-                                  legacy_virtio=servers.speaks_legacy_virtio(instance))
+                                  legacy_virtio=servers.speaks_legacy_virtio(instance),
+                                  abilities=Abilities.read(prepared.get("abilities")))
             why = prepared["reason"]
         except (PartnerAway, Unsupported) as error:
             why = str(error)

@@ -29,6 +29,7 @@ from nova_ftvm.cloud.partners import PartnerAway, Partners
 from nova_ftvm.cloud.refusal import Refused
 from nova_ftvm.cloud.settings import CONF
 from nova_ftvm.core import domain
+from nova_ftvm.core.kind import Abilities, misfit
 from nova_ftvm.exception import FtvmError, InTheWay, Unsupported
 from nova_ftvm.rpc.manager import StandbyPlan
 from nova_ftvm.types import Generation, InstanceId, PairId
@@ -153,6 +154,8 @@ class Standbys:
         prepared = self._partners.prepare_domain(self._host(), instance_id)
         if not prepared["capable"]:
             raise Unsupported(prepared["reason"])
+        if why := misfit(domain.needs(plan["domain_xml"]), Abilities.read(prepared.get("abilities"))):
+            raise Unsupported(f"this host cannot take the guest over: {why}")
         self._make_room(instance_id)
         primary = objects.Instance.get_by_uuid(
             nova_context.get_admin_context(), instance_id,

@@ -22,6 +22,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from xml.etree import ElementTree
 
+from nova_ftvm.core import guestcpu, unfit
+from nova_ftvm.core.kind import Abilities, Needs
 from nova_ftvm.exception import Unsupported
 from nova_ftvm.types import Generation, PairId
 
@@ -81,17 +83,26 @@ class DiskFile:
 
 def obstacle(domain_xml: str) -> str:
     """Why a guest with this XML must not be checkpointed, in one sentence; '' when it can be."""
-    root = _parse(domain_xml)
-    if root.find("./devices/disk/target[@bus='ide']") is not None:
-        # QEMU saves an IDE controller wrongly between the start of a transfer and its command: an assertion in
-        # hw/ide/pci.c ends it. See doc/source/contributor/decisions/ide-drives.rst.
-        return ("a drive on the IDE bus can make QEMU abort at a checkpoint: give the image the properties "
-                "hw_cdrom_bus=scsi and hw_scsi_model=virtio-scsi (and no hw_disk_bus=ide), and create the server anew")
-    if (root.find("./memoryBacking/access[@mode='shared']") is not None
-            or root.find("./memoryBacking/source[@type='file']") is not None):
-        # What another process writes through its own mapping is not seen by a look at QEMU's.
-        return "shared or file-backed memory is not tracked: use a host without [libvirt]file_backed_memory"
-    return next(filter(None, map(_disk_obstacle, root.findall("./devices/disk"))), "")
+    return unfit.obstacle(_parse(domain_xml))
+
+
+def needs(domain_xml: str) -> Needs:
+    """What the guest asks of a host."""
+    return guestcpu.needs(_parse(domain_xml))
+
+
+def with_processor(domain_xml: str, running_xml: str) -> str:
+    """Returns the migratable XML of a KVM guest with the processor that it has by the running domain's XML.
+
+    The migratable one tells what was asked for: `host-model` would be another processor on another host. The running
+    one's is checked in full by libvirt, wherever it starts it. Guests under TCG stay as they are.
+    """
+    root, processor = _parse(domain_xml), _parse(running_xml).find("cpu")
+    if not guestcpu.is_kvm(root) or processor is None:
+        return domain_xml
+    _remove(root, "cpu")
+    root.append(processor)
+    return _text(root)
 
 
 def disks(domain_xml: str) -> list[DiskFile]:
@@ -105,11 +116,12 @@ def disks(domain_xml: str) -> list[DiskFile]:
     return found
 
 
-def arm(domain_xml: str, monitor_path: str, *, legacy_virtio: bool = False) -> str:
-    """Returns the XML with our monitor, and with its virtio interfaces on QEMU's own backend.
+def arm(domain_xml: str, monitor_path: str, *, legacy_virtio: bool = False, abilities: Abilities | None = None) -> str:
+    """Returns the XML with our monitor, with its virtio interfaces on QEMU's own backend, and with clocks that go on.
 
     legacy_virtio: each virtio device of a `pc` machine speaks virtio 0.9 only, which keeps a checkpoint's pause short
     (doc/source/contributor/decisions/legacy-virtio.rst). Other machines' devices cannot.
+    abilities: what the host's KVM can, for the guest's processor and clocks (core/guestcpu.py).
 
     vhost would move packets past QEMU, where no filter holds them. Free page reporting is switched off: what the guest
     frees would be discarded by QEMU, and each discarded page is a written one for the next checkpoint. Disks leave
@@ -118,9 +130,10 @@ def arm(domain_xml: str, monitor_path: str, *, legacy_virtio: bool = False) -> s
     (doc/source/contributor/decisions/no-ioeventfd.rst). Idempotent. Raises Unsupported for an obstacle, for XML that
     libvirt would not take, or a path that QEMU's option syntax cannot carry.
     """
-    if why := obstacle(domain_xml):
-        raise Unsupported(why)
     root = _parse(domain_xml)
+    guestcpu.arm(root, abilities)
+    if why := unfit.obstacle(root):
+        raise Unsupported(why)
     for interface in root.findall("./devices/interface"):
         model = interface.find("model")
         if model is not None and model.get("type", "").startswith("virtio"):
@@ -148,7 +161,7 @@ def standby(domain_xml: str, monitor_path: str, mark: StandbyMark, interfaces: M
     """
     root = _parse(domain_xml)
     _refuse_what_stays(root)
-    if why := obstacle(domain_xml):
+    if why := unfit.obstacle(root):
         raise Unsupported(why)
     root.attrib.pop("id", None)
     for seclabel in root.findall("seclabel"):
@@ -290,8 +303,6 @@ def _monitor_path(root: ElementTree.Element) -> str | None:
 
 
 def _refuse_what_stays(root: ElementTree.Element) -> None:
-    if root.find("./devices/hostdev") is not None:
-        raise Unsupported("a passed-through device cannot be checkpointed")
     if root.find("./cputune/vcpupin") is not None:
         raise Unsupported("the server's vCPUs are pinned to its host's processors: use a flavor without pinning")
     for kind in ("serial", "console"):
@@ -301,34 +312,6 @@ def _refuse_what_stays(root: ElementTree.Element) -> None:
                        ("./devices/filesystem", "a shared folder"), ("./devices/memory", "a memory device")):
         if root.find(path) is not None:
             raise Unsupported(f"{what} cannot be checkpointed")
-
-
-def _disk_obstacle(disk: ElementTree.Element) -> str:
-    """Why a disk's writes cannot be followed, or its image not be had on another host; '' when they can be."""
-    target, driver = disk.find("target"), disk.find("driver")
-    name = "a disk" if target is None else f"disk {target.get('dev')}"
-    if disk.get("device") == "floppy":
-        return "a floppy drive is not replicated: create the server without it"
-    if disk.get("type", "file") != "file":
-        return (f"{name} is no file of its host but of type {disk.get('type')}: detach it if it is a volume; local "
-                "disks are replicated with [libvirt]images_type qcow2, raw or flat")
-    image_format = "raw" if driver is None else driver.get("type", "raw")
-    if image_format not in ("raw", "qcow2"):
-        return f"{name} is an image of format {image_format}: only raw and qcow2 are replicated"
-    if image_format != "raw" and (disk.get("device") == "cdrom" or disk.find("readonly") is not None):
-        return f"{name} is read-only and of format {image_format}: create the server from a disk image, not from an ISO"
-    if disk.find(".//encryption") is not None:
-        return f"{name} is encrypted, and its key is on this host only: use a flavor and an image without encryption"
-    if disk.find("shareable") is not None:
-        return f"{name} may be written to by others, whose writes are not seen: detach the shared volume"
-    if disk.find("transient") is not None:
-        return f"{name} is transient and would be lost with its host: make it an ordinary one"
-    if driver is not None and driver.get("copy_on_read") == "on":
-        return f"{name} has copy_on_read, which writes what the guest did not: switch it off"
-    if disk.find("mirror") is not None:
-        # QEMU takes one such job a disk.
-        return f"{name} is being copied by a block job of libvirt: the server is protected once that has ended"
-    return ""
 
 
 def _float_vcpus(root: ElementTree.Element, cpuset: str | None) -> None:

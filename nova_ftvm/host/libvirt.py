@@ -2,6 +2,7 @@
 
 import libvirt
 
+from nova_ftvm.core.domain import with_processor
 from nova_ftvm.exception import GuestGone
 
 # Errors come back as exceptions; libvirt's own printing of them to stderr says nothing more.
@@ -18,11 +19,13 @@ class Host:
             raise GuestGone(f"libvirt at {uri} cannot be reached: {error}") from error
 
     def live_xml(self, instance_id: str) -> str:
-        """The running domain's XML in the form that migration uses: all addresses, nothing of this host's run-time."""
+        """The running domain's XML in the form that migration uses: all addresses, nothing of this host's run-time, and
+        the processor that the guest has."""
         domain = self._find(instance_id)
         if not domain.isActive():
             raise GuestGone(f"server {instance_id} is not running here")
-        return domain.XMLDesc(libvirt.VIR_DOMAIN_XML_MIGRATABLE | libvirt.VIR_DOMAIN_XML_SECURE)
+        secrets = libvirt.VIR_DOMAIN_XML_SECURE
+        return with_processor(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_MIGRATABLE | secrets), domain.XMLDesc(secrets))
 
     def disk_size(self, instance_id: str, target: str) -> int:
         """Bytes that the guest sees of its disk."""

@@ -5,6 +5,7 @@ from xml.etree import ElementTree
 import pytest
 
 from nova_ftvm.core import domain
+from nova_ftvm.core.kind import Abilities, Needs
 from nova_ftvm.exception import Unsupported
 
 MONITOR = "/run/nova-ftvm/u/monitor"
@@ -12,7 +13,8 @@ MARK = domain.StandbyMark("pair-1", 3, "backup-1")
 HERE = {"fa:16:3e:00:00:01": "<interface type='ethernet'><mac address='fa:16:3e:00:00:01'/><model type='virtio'/>"
                              "<target dev='tap-here'/></interface>"}
 
-PLAIN = """<domain type='kvm'><name>instance-00000001</name><uuid>11111111-2222-3333-4444-555555555555</uuid>
+#: A guest under TCG; KVM_PLAIN is as Nova defines one under KVM.
+PLAIN = """<domain type='qemu'><name>instance-00000001</name><uuid>11111111-2222-3333-4444-555555555555</uuid>
 <memory unit='KiB'>131072</memory><vcpu>1</vcpu><devices><interface type='bridge'><mac address='fa:16:3e:00:00:01'/>
 <model type='virtio'/><source bridge='br0'/></interface></devices></domain>"""
 
@@ -24,7 +26,11 @@ LIVE = """<domain type='kvm' id='7' xmlns:qemu='http://libvirt.org/schemas/domai
 <cputune><shares>1024</shares><emulatorpin cpuset='0-3'/></cputune>
 <numatune><memory mode='strict' nodeset='0'/></numatune>
 <resource><partition>/machine</partition></resource>
-<cpu mode='custom'><numa><cell id='0' cpus='0' memory='131072' unit='KiB' memAccess='private'/></numa></cpu>
+<features><acpi/><apic/><ioapic driver='qemu'/></features>
+<cpu mode='custom' match='exact' check='full'><model fallback='forbid'>Icelake-Server-v2</model>
+<feature policy='disable' name='vmx'/><feature policy='disable' name='svm'/><feature policy='require' name='invtsc'/>
+<numa><cell id='0' cpus='0' memory='131072' unit='KiB' memAccess='private'/></numa></cpu>
+<clock offset='utc'><timer name='pit' tickpolicy='delay'/><timer name='tsc' frequency='2100000000'/></clock>
 <devices><emulator>/usr/bin/qemu-system-x86_64</emulator>
 <disk type='file' device='disk' snapshot='external'>
 <driver name='qemu' type='qcow2' cache='none' io='native' discard='unmap' iothread='1' queues='2'/>
@@ -180,7 +186,7 @@ def test_each_disk_of_the_standby_is_the_primarys_without_its_run():
         assert not after.findall("./source/*") and set(getattr(after.find("source"), "attrib", {})) <= {"file"}
 
 
-@pytest.mark.parametrize("backing", ["<access mode='shared'/>", "<source type='file'/>"])
+@pytest.mark.parametrize("backing", ["<access mode='shared'/>", "<source type='file'/>", "<source type='memfd'/>"])
 def test_memory_that_others_may_write_is_refused(backing):
     xml = PLAIN.replace("<vcpu>", f"<memoryBacking>{backing}</memoryBacking><vcpu>")
     with pytest.raises(Unsupported, match="not tracked"):
@@ -324,7 +330,6 @@ def test_an_interface_without_a_binding_here_is_refused():
     ("<emulatorpin cpuset='0-3'/>", "<vcpupin vcpu='0' cpuset='2'/>"),
     ("<serial type='pty'>", "<serial type='tcp'>"),
     ("<vcpu ", "<memoryBacking><hugepages/></memoryBacking><vcpu "),
-    ("<emulator>", "<hostdev mode='subsystem' type='pci'/><emulator>"),
     ("<emulator>", "<tpm model='tpm-crb'/><emulator>"),
     ("<emulator>", "<filesystem type='mount'/><emulator>"),
     ("<emulator>", "<memory model='nvdimm'/><emulator>"),
@@ -352,3 +357,182 @@ def test_the_texts_of_others_are_escaped_not_believed():
     root = made(xml)
     assert root.findtext("name") == "a</name><evil/>"
     assert root.find("evil") is None
+
+
+# -- the processor and the clocks of a KVM guest
+
+TOPOLOGY = "<topology sockets='2' cores='1' threads='1'/>"
+#: Nova's cpu_mode -> what it writes.
+CPUS = {
+    "none": f"<cpu match='exact'>{TOPOLOGY}</cpu>",
+    "host-model": f"<cpu mode='host-model' match='exact'>{TOPOLOGY}</cpu>",
+    "host-passthrough": f"<cpu mode='host-passthrough' match='exact'>{TOPOLOGY}</cpu>",
+    "maximum": f"<cpu mode='maximum' match='exact'>{TOPOLOGY}</cpu>",
+    "custom": f"<cpu mode='custom' match='exact'><model>EPYC</model>{TOPOLOGY}"
+              "<feature policy='require' name='pcid'/><feature policy='require' name='svm'/></cpu>",
+}
+KVM_PLAIN = PLAIN.replace("type='qemu'", "type='kvm'").replace("<vcpu>", CPUS["host-model"] + """
+<features><acpi/><apic/></features><clock offset='localtime'><timer name='pit' tickpolicy='delay'/>
+<timer name='rtc' tickpolicy='catchup'/><timer name='hpet' present='no'/></clock><vcpu>""")
+ABLE = Abilities(kvm=True, tsc_hz=2_100_000_000, tsc_adjust=True)
+
+
+def kvm_guest(mode):
+    return KVM_PLAIN.replace(CPUS["host-model"], CPUS[mode])
+
+
+def armed_root(xml=KVM_PLAIN, abilities=ABLE):
+    return ElementTree.fromstring(domain.arm(xml, MONITOR, abilities=abilities))
+
+
+def features(root):
+    return {feature.get("name"): feature.get("policy") for feature in root.findall("./cpu/feature")}
+
+
+@pytest.mark.parametrize("mode", CPUS)
+def test_a_kvm_guest_of_each_cpu_mode_is_promised_the_tsc_and_shown_no_nesting(mode):
+    root = armed_root(kvm_guest(mode))
+    given = {"vmx": "disable", "svm": "disable", "invtsc": "require", "tsc_adjust": "require"}
+    assert features(root) == given | ({"pcid": "require"} if mode == "custom" else {})
+    assert root.find("./cpu/topology").attrib == {"sockets": "2", "cores": "1", "threads": "1"}
+    assert root.find("./cpu").get("mode") == ("custom" if mode == "none" else mode)
+    assert root.findtext("./cpu/model") == {"none": "qemu64", "custom": "EPYC"}.get(mode)
+    assert len(root.findall("./cpu")) == 1 and root.find("./cpu").get("match") == "exact"
+
+
+def test_a_kvm_guest_without_a_processor_is_given_the_one_that_libvirt_would_take():
+    root = armed_root(KVM_PLAIN.replace(CPUS["host-model"], ""))
+    assert root.findtext("./cpu/model") == "qemu64" and root.find("./cpu").get("check") == "none"
+
+
+def test_a_kvm_guests_clock_has_a_frequency_and_keeps_what_nova_wrote():
+    clock = armed_root().find("clock")
+    assert clock.get("offset") == "localtime"
+    assert [timer.attrib for timer in clock] == [
+        {"name": "pit", "tickpolicy": "delay"}, {"name": "rtc", "tickpolicy": "catchup"},
+        {"name": "hpet", "present": "no"}, {"name": "tsc", "frequency": "2100000000"}]
+
+
+def test_a_frequency_that_the_guest_has_already_is_kept():
+    xml = KVM_PLAIN.replace("</clock>", "<timer name='tsc' frequency='2000000000'/></clock>")
+    assert [timer.get("frequency") for timer in armed_root(xml).findall("./clock/timer[@name='tsc']")] == ["2000000000"]
+
+
+@pytest.mark.parametrize("ioapic", ["", "<ioapic driver='kvm'/>", "<ioapic driver='qemu'/>"])
+def test_a_kvm_guests_pit_is_qemus_own(ioapic):
+    root = armed_root(KVM_PLAIN.replace("<apic/>", "<apic/>" + ioapic))
+    assert [feature.tag for feature in root.find("features")] == ["acpi", "apic", "ioapic"]
+    assert root.find("./features/ioapic").get("driver") == "qemu"
+
+
+@pytest.mark.parametrize("abilities", [None, Abilities(kvm=True), Abilities()])
+def test_no_tsc_is_promised_where_it_is_no_clock_or_nobody_tells(abilities):
+    root = armed_root(abilities=abilities)
+    assert features(root) == {"vmx": "disable", "svm": "disable"}
+    assert root.find("./clock/timer[@name='tsc']") is None
+    assert root.find("./features/ioapic").get("driver") == "qemu"
+
+
+def test_tsc_adjust_is_asked_of_a_host_that_has_it_only():
+    abilities = Abilities(kvm=True, tsc_hz=1_000_000_000)
+    assert "tsc_adjust" not in features(armed_root(abilities=abilities))
+    assert features(armed_root(abilities=abilities))["invtsc"] == "require"
+
+
+def test_a_guest_under_tcg_keeps_its_processor_and_clocks():
+    xml = KVM_PLAIN.replace("type='kvm'", "type='qemu'")
+    assert domain.arm(xml, MONITOR, abilities=ABLE) == domain.arm(xml, MONITOR)
+    root = armed_root(xml)
+    assert features(root) == {} and root.find("./features/ioapic") is None
+    assert root.find("./clock/timer[@name='tsc']") is None
+
+
+@pytest.mark.parametrize("mode", CPUS)
+def test_arming_a_kvm_guest_twice_is_arming_it_once(mode):
+    once = domain.arm(kvm_guest(mode), MONITOR, abilities=ABLE)
+    assert domain.arm(once, MONITOR, abilities=ABLE) == once
+
+
+def test_a_guest_takes_its_clocks_to_its_standby_and_home():
+    armed = domain.arm(KVM_PLAIN, MONITOR, abilities=ABLE)
+    standby = domain.standby(armed, "/there", MARK, HERE)
+    for text in (standby, domain.ordinary(standby)):
+        root = ElementTree.fromstring(text)
+        assert features(root) == features(ElementTree.fromstring(armed))
+        assert root.find("./clock/timer[@name='tsc']").get("frequency") == "2100000000"
+        assert root.find("./features/ioapic").get("driver") == "qemu"
+
+
+@pytest.mark.parametrize("processor", [
+    "<cpu mode='host-passthrough'/>", "<cpu mode='host-model'><feature policy='disable' name='vmx'/></cpu>",
+    "<cpu mode='custom'><model>EPYC</model><feature name='svm'/><feature policy='forbid' name='vmx'/></cpu>",
+    "<cpu mode='custom'><model>EPYC</model><feature policy='optional' name='vmx'/>"
+    "<feature policy='forbid' name='svm'/></cpu>"])
+def test_a_running_guest_that_may_have_guests_of_its_own_is_refused(processor):
+    live = KVM_PLAIN.replace(CPUS["host-model"], processor)
+    assert "hard-reboot" in domain.obstacle(live)
+    with pytest.raises(Unsupported, match=r"vmx|svm"):
+        domain.standby(live, MONITOR, MARK, HERE)
+    assert domain.obstacle(live.replace("type='kvm'", "type='qemu'")) == ""
+    assert domain.obstacle(domain.arm(live, MONITOR)) == ""
+
+
+@pytest.mark.parametrize(("xml", "needs"), [
+    (PLAIN, Needs()), (KVM_PLAIN, Needs(kvm=True)), (LIVE, Needs(kvm=True, tsc_hz=2_100_000_000)),
+    (LIVE.replace("type='kvm'", "type='qemu'"), Needs()), (LIVE.replace("2100000000", "fast"), Needs(kvm=True))])
+def test_a_domain_tells_what_it_needs_of_a_host(xml, needs):
+    assert domain.needs(xml) == needs
+
+
+def test_a_standby_is_made_with_the_processor_that_the_guest_has():
+    running = KVM_PLAIN.replace(CPUS["host-model"], CPUS["custom"])
+    told = domain.with_processor(KVM_PLAIN, running)
+    assert ElementTree.fromstring(told).findtext("./cpu/model") == "EPYC"
+    assert len(ElementTree.fromstring(told).findall("./cpu")) == 1
+    for text in (KVM_PLAIN.replace("type='kvm'", "type='qemu'"), KVM_PLAIN.replace(CPUS["host-model"], "")):
+        assert domain.with_processor(text, text) == text
+
+
+# -- what is refused
+
+PCI = ("<hostdev mode='subsystem' type='pci' managed='yes'><source>"
+       "<address domain='0x0000' bus='0x3b' slot='0x00' function='0x1'/></source></hostdev>")
+MDEV = ("<hostdev mode='subsystem' type='mdev' model='vfio-pci'><source>"
+        "<address uuid='c2177883-f1bb-47f0-914d-32a22e3a8804'/></source></hostdev>")
+USB = "<hostdev mode='subsystem' type='usb'><source><address bus='1' device='3'/></source></hostdev>"
+VHOST_SCSI = "<hostdev mode='subsystem' type='scsi_host'><source protocol='vhost' wwpn='naa.5'/></hostdev>"
+SCSI = ("<hostdev mode='subsystem' type='scsi'><source><adapter name='scsi_host0'/>"
+        "<address bus='0' target='0' unit='0'/></source></hostdev>")
+PORT = "<interface type='{}'><mac address='fa:16:3e:00:00:02'/></interface>"
+
+
+@pytest.mark.parametrize(("device", "says"), [
+    (PCI, "PCI device 0000:3b:00.1 "), (MDEV, "mediated device c2177883-f1bb-47f0-914d-32a22e3a8804 "),
+    (USB, "USB device bus 1 device 3 "), (VHOST_SCSI, "vhost SCSI device naa.5 "), (SCSI, "SCSI device "),
+    ("<hostdev mode='capabilities' type='misc'/>", "device of the host"),
+    (PORT.format("hostdev"), "interface fa:16:3e:00:00:02 of type hostdev"),
+    (PORT.format("vdpa"), "interface fa:16:3e:00:00:02 of type vdpa"),
+    (PORT.format("vhostuser"), "interface fa:16:3e:00:00:02 of type vhostuser"),
+    ("<interface type='vdpa'/>", "an interface of type vdpa"),
+])
+@pytest.mark.parametrize("guest", [PLAIN, domain.arm(KVM_PLAIN, MONITOR, abilities=ABLE)])
+def test_a_device_that_passes_qemu_by_is_refused_by_name_and_with_what_to_do(guest, device, says):
+    xml = guest.replace("</devices>", device + "</devices>")
+    assert says in domain.obstacle(xml) and (": detach it" in domain.obstacle(xml) or ": use a" in domain.obstacle(xml))
+    for call in (lambda: domain.arm(xml, MONITOR), lambda: domain.standby(xml, MONITOR, MARK, HERE)):
+        with pytest.raises(Unsupported):
+            call()
+
+
+@pytest.mark.parametrize(("kind", "says"), [("sev", "AMD SEV "), ("sev-snp", "AMD SEV-SNP"), ("tdx", "Intel TDX"),
+                                            ("other", "by other")])
+def test_sealed_memory_is_refused_with_what_to_do(kind, says):
+    xml = KVM_PLAIN.replace("<vcpu>", f"<launchSecurity type='{kind}'/><vcpu>")
+    assert says in domain.obstacle(xml) and "without memory encryption" in domain.obstacle(xml)
+    with pytest.raises(Unsupported, match="sealed"):
+        domain.arm(xml, MONITOR, abilities=ABLE)
+
+
+def test_a_cell_of_shared_memory_is_refused():
+    assert "not tracked" in domain.obstacle(LIVE.replace("memAccess='private'", "memAccess='shared'"))
+    assert domain.obstacle(LIVE) == ""
