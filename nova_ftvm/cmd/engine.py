@@ -12,7 +12,7 @@ import sys
 import time
 from typing import Any
 
-from nova_ftvm.core import wire
+from nova_ftvm.core import kind, wire
 from nova_ftvm.core.epoch import EpochLoop, Pace
 from nova_ftvm.core.lease import Lease
 from nova_ftvm.core.policy import Policy
@@ -123,7 +123,8 @@ def run_primary(order: Order, control: ControlServer) -> int:
     """The primary's side: connect first, so that a guest is not touched for a backup that is not there."""
     monitor = AttendedMonitor(order.path("monitor.sock"))
     blocks, disks = ram_blocks(monitor), guest_disks(monitor)
-    hello = wire.Hello(order.pair_id, machine_type(monitor), tuple(blocks), disks=tuple(disks))
+    hello = wire.Hello(order.pair_id, machine_type(monitor), tuple(blocks), disks=tuple(disks),
+                       accelerator=accelerator(monitor))
     link, shallow = links.dial(order.address, order.port, order.generation, hello, order.token,
                                order.frame_limit_bytes)
     note = NoteFile(order.folder, order.pair_id, order.generation, order.instance_id, monitor.pid)
@@ -180,7 +181,8 @@ def run_backup(order: Order, control: ControlServer) -> int:
     lease = Lease(order.generation, order.beat_ms * order.beat_misses / 1000, time.monotonic())
     engine = BackupEngine(
         generation=order.generation, token=order.token,
-        expected=wire.Hello(order.pair_id, machine_type(monitor), tuple(blocks), disks=tuple(disks)), memory=memory,
+        expected=wire.Hello(order.pair_id, machine_type(monitor), tuple(blocks), disks=tuple(disks),
+                            accelerator=accelerator(monitor)), memory=memory,
         disks=StandbyDisks(monitor, disks, order.path("replica.sock")), backlog_limit=order.replica_backlog_mib << 20,
         monitor=monitor, replay=Replay(monitor), listener=listener, control=control,
         pidfd=qmp.pidfd_of(monitor), lease=lease, beat_s=order.beat_ms / 1000, frame_limit=order.frame_limit_bytes,
@@ -195,6 +197,11 @@ def run_backup(order: Order, control: ControlServer) -> int:
 def machine_type(monitor: qmp.Monitor) -> str:
     """The versioned machine type, e.g. pc-i440fx-10.0."""
     return str(monitor.command("qom-get", path="/machine", property="type")).removesuffix("-machine")
+
+
+def accelerator(monitor: qmp.Monitor) -> str:
+    """What runs the guest's processors: kind.KVM or kind.TCG. State of the one does not load into the other."""
+    return kind.KVM if monitor.command("query-kvm")["enabled"] else kind.TCG
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ another generation raises, and the decoder gives nothing more: the connection mu
 
     backup                                    primary
       | CHALLENGE  32 random bytes        ->     |
-      |     <- HELLO  JSON: pair, machine, blocks, disks, proof = HMAC-SHA256(token, challenge)
-      | WELCOME  JSON: disks on the same base ->  |
+      |     <- HELLO  JSON: pair, machine, blocks, disks, accelerator, proof = HMAC-SHA256(token, challenge)
+      | WELCOME  JSON: disks on the same base ->  |  or BYE: why it is refused
       |     <- PRELOAD, DISK_PRELOAD ...         |   copied while the guest runs; no epoch yet
       |     <- DISK ... PAGES ... DEVICE ... COMMIT  one epoch; whole at COMMIT. DISK comes while the guest runs
       | ACK (epoch)                       ->     |   only AFTER the epoch is here, whole
@@ -110,6 +110,8 @@ class Hello:
     proof: str = ""
     #: Devices, sizes and bases; the index is the writes' disk number.
     disks: tuple[Disk, ...] = ()
+    #: core.kind.KVM or TCG; '' from a peer that is too old to tell.
+    accelerator: str = ""
 
 
 def encode(kind: Kind, generation: Generation, epoch: Epoch = Epoch(0), payload: Sequence[Buffer] = ()) -> list[Buffer]:
@@ -306,7 +308,8 @@ def prove(token: str, challenge: bytes) -> str:
 def encode_hello(generation: Generation, hello: Hello) -> list[Buffer]:
     body = {"pair_id": hello.pair_id, "machine": hello.machine, "proof": hello.proof,
             "blocks": [[block.name, block.size] for block in hello.blocks],
-            "disks": [[disk.device, disk.size, disk.read_only, disk.base] for disk in hello.disks]}
+            "disks": [[disk.device, disk.size, disk.read_only, disk.base] for disk in hello.disks],
+            "accelerator": hello.accelerator}
     return encode(Kind.HELLO, generation, payload=(json.dumps(body).encode(),))
 
 
@@ -320,7 +323,8 @@ def decode_hello(frame: Frame, token: str, challenge: bytes) -> Hello:
                       tuple(RamBlock(str(name), int(size)) for name, size in body["blocks"]),
                       str(body["proof"]),
                       tuple(Disk(str(device), int(size), bool(read_only), str(base))
-                            for device, size, read_only, base in body["disks"]))
+                            for device, size, read_only, base in body["disks"]),
+                      str(body.get("accelerator", "")))
         proof = hello.proof.encode()
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ProtocolError("a HELLO that cannot be read") from error

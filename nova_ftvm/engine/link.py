@@ -119,7 +119,7 @@ def dial(address: str, port: int, generation: Generation, hello: wire.Hello, tok
         challenge = _expect(link, wire.Kind.CHALLENGE)
         proof = wire.prove(token, bytes(challenge.payload))
         link.send(wire.encode_hello(generation, dataclasses.replace(hello, proof=proof)))
-        shallow = wire.decode_welcome(link.await_frame())
+        shallow = wire.decode_welcome(_not_refused(link.await_frame()))
     except FtvmError:
         link.close()
         raise
@@ -133,7 +133,7 @@ def answer(connection: socket.socket, generation: Generation, token: str, expect
         challenge = os.urandom(wire.CHALLENGE_BYTES)
         link.send(wire.encode(wire.Kind.CHALLENGE, generation, payload=(challenge,)))
         hello = wire.decode_hello(link.await_frame(), token, challenge)
-        _check_fit(hello, expected)
+        _tell_misfit(link, generation, hello, expected)
         link.widen(limit)
         link.send(wire.encode_welcome(generation, _on_same_base(hello, expected)))
     except FtvmError:
@@ -157,6 +157,21 @@ def _expect(link: Link, kind: wire.Kind) -> wire.Frame:
     return frame
 
 
+def _not_refused(frame: wire.Frame) -> wire.Frame:
+    if frame.kind is wire.Kind.BYE:
+        raise ProtocolError(f"the backup refuses this primary: {wire.decode_failure(frame)}")
+    return frame
+
+
+def _tell_misfit(link: Link, generation: Generation, hello: wire.Hello, expected: wire.Hello) -> None:
+    """A peer that has proved itself is told why it is refused: its reason is what the server's owner reads."""
+    try:
+        _check_fit(hello, expected)
+    except ProtocolError as misfit:
+        link.send(wire.encode_failure(generation, str(misfit)))
+        raise
+
+
 def _on_same_base(hello: wire.Hello, expected: wire.Hello) -> list[int]:
     return [number for number, (ours, theirs) in enumerate(zip(expected.disks, hello.disks, strict=True))
             if ours.base and ours.base == theirs.base]
@@ -168,6 +183,9 @@ def _check_fit(hello: wire.Hello, expected: wire.Hello) -> None:
     if hello.machine != expected.machine:
         raise ProtocolError(f"the primary is a {hello.machine}, the standby a {expected.machine}: "
                             "install the same QEMU on both hosts")
+    if hello.accelerator and expected.accelerator and hello.accelerator != expected.accelerator:
+        raise ProtocolError(f"the primary runs under {hello.accelerator.upper()[:8]}, the standby under "
+                            f"{expected.accelerator.upper()}, and their states are not the same: use hosts of one kind")
     _check_same("RAM blocks", [(block.name, block.size) for block in expected.blocks],
                 [(block.name, block.size) for block in hello.blocks])
     _check_same("disks", [(disk.device, disk.size, disk.read_only) for disk in expected.disks],

@@ -1,5 +1,6 @@
 """engine/link.py: a connection that never blocks the loop, and a greeting that lets in whom it must."""
 
+import dataclasses
 import select
 import socket
 import threading
@@ -15,7 +16,7 @@ from nova_ftvm.types import RamBlock
 from tests.unit.engine_fakes import Peer, tcp_pair
 from tests.unit.frames import BLOCKS, GENERATION, LIMIT
 
-HELLO = wire.Hello("pair", "pc-i440fx-10.0", tuple(BLOCKS), "")
+HELLO = wire.Hello("pair", "pc-i440fx-10.0", tuple(BLOCKS), "", accelerator="kvm")
 
 
 @pytest.fixture
@@ -129,18 +130,34 @@ def test_who_knows_the_token_and_fits_is_let_in() -> None:
 
 
 @pytest.mark.parametrize(("arguments", "why"), [
-    ({"token": "wrong"}, "does not know the pair's token"),
     ({"hello": wire.Hello("other", HELLO.machine, HELLO.blocks, "")}, "belongs to pair other"),
     ({"hello": wire.Hello("pair", "pc-q35-10.0", HELLO.blocks, "")}, "install the same QEMU"),
+    ({"hello": wire.Hello("pair", HELLO.machine, HELLO.blocks, "", accelerator="tcg")},
+     "runs under TCG, the standby under KVM.*use hosts of one kind"),
     ({"hello": wire.Hello("pair", HELLO.machine, (*HELLO.blocks, RamBlock("pc.rom", 4096)), "")}, "differ.*pc.rom"),
     ({"hello": wire.Hello("pair", HELLO.machine, (RamBlock("pc.ram", 4096), HELLO.blocks[1]), "")}, "differ.*pc.ram"),
     ({"hello": wire.Hello("pair", HELLO.machine, HELLO.blocks[::-1], "")}, "differ.*in their order"),
 ])
-def test_who_does_not_fit_is_refused_and_told_nothing_more(arguments: dict, why: str) -> None:
+def test_a_primary_that_does_not_fit_is_refused_and_told_why(arguments: dict, why: str) -> None:
     primary, backup = greet(**arguments)
-    assert isinstance(primary, PeerLost)
     with pytest.raises(ProtocolError, match=why):
         raise backup
+    with pytest.raises(ProtocolError, match=f"refuses this primary: .*{why}"):
+        raise primary
+
+
+def test_a_peer_that_does_not_know_the_token_is_told_nothing() -> None:
+    primary, backup = greet(token="wrong")
+    assert isinstance(primary, PeerLost)
+    with pytest.raises(ProtocolError, match="does not know the pair's token"):
+        raise backup
+
+
+@pytest.mark.parametrize("side", ["hello", "expected"])
+def test_a_peer_that_is_too_old_to_tell_its_accelerator_is_let_in(side: str) -> None:
+    for end in (ends := greet(**{side: dataclasses.replace(HELLO, accelerator="")})):
+        assert isinstance(end, Link), ends
+        end.close()
 
 
 def test_another_generation_is_refused_by_both() -> None:

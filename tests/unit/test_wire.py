@@ -1,5 +1,6 @@
 """core/wire.py: what goes in comes out, whatever way it is cut; what is not right is refused, all of it."""
 
+import dataclasses
 import json
 import struct
 import zlib
@@ -30,7 +31,7 @@ from tests.unit.frames import (
 BEAT = join(wire.encode(wire.Kind.BEAT, GENERATION))
 ACK = join(wire.encode(wire.Kind.ACK, GENERATION, Epoch(5)))
 CHALLENGE = bytes(range(32))
-HELLO = wire.Hello("pair", "pc-i440fx-10.0", tuple(BLOCKS), wire.prove("token", CHALLENGE), tuple(DISKS))
+HELLO = wire.Hello("pair", "pc-i440fx-10.0", tuple(BLOCKS), wire.prove("token", CHALLENGE), tuple(DISKS), "kvm")
 
 kinds = st.sampled_from(wire.Kind)
 frames = st.tuples(kinds, st.integers(0, 2**64 - 1), st.binary(max_size=300))
@@ -223,6 +224,16 @@ def test_hello_comes_back_from_a_peer_that_knows_the_token() -> None:
     hello = wire.decode_hello(frame, "token", CHALLENGE)
     assert (hello.pair_id, hello.machine, hello.proof) == (HELLO.pair_id, HELLO.machine, HELLO.proof)
     assert [(b.name, b.size) for b in hello.blocks] == [(b.name, b.size) for b in BLOCKS]
+
+
+def test_a_hello_of_a_peer_that_does_not_tell_its_accelerator_is_read() -> None:
+    (frame,) = decode(join(wire.encode_hello(GENERATION, HELLO)))
+    body = json.loads(bytes(frame.payload))
+    assert body.pop("accelerator") == "kvm"
+    old = dataclasses.replace(frame, payload=json.dumps(body).encode())
+    told = wire.decode_hello(frame, "token", CHALLENGE)
+    assert told.accelerator == "kvm"
+    assert wire.decode_hello(old, "token", CHALLENGE) == dataclasses.replace(told, accelerator="")
 
 
 @pytest.mark.parametrize(("token", "challenge"), [("other", CHALLENGE), ("token", bytes(32)), ("", CHALLENGE)])
