@@ -86,6 +86,14 @@ class Processors(Protocol):
         """All of them? Raises GuestGone."""
 
 
+class Life(Protocol):
+    """QEMU's process, as the kernel sees it."""
+
+    def is_ending(self) -> bool:
+        """Will no code of it run any more? Told at once, however long the kernel needs to give its memory back, and
+        never of a QEMU that is only stopped. False is certain when a file of QEMU's was found closed before."""
+
+
 class Note(Protocol):
     """What an agent goes by that finds the guest and no engine: the guest is held, and by whom."""
 

@@ -34,6 +34,7 @@ from nova_ftvm.host.disks import (
     replicas,
 )
 from nova_ftvm.host.gate import Gate
+from nova_ftvm.host.lifesigns import ProcessLife
 from nova_ftvm.host.memory import GuestMemory, TrackedMemory, ram_blocks
 from nova_ftvm.host.netbuf import OutputBuffer
 from nova_ftvm.host.note import NoteFile
@@ -148,6 +149,7 @@ def run_primary(order: Order, control: ControlServer) -> int:
         talk=Conversation(monitor, gate, ended_mirror), monitor=monitor, gate=gate, buffers=buffers,
         mirror=mirror, fixed=read_only_contents(disks), shallow=shallow, log_limit=order.disk_log_mib << 20, link=link,
         note=note, processors=processors, precedence=precedence, control=control, pidfd=pidfd,
+        life=ProcessLife(monitor.pid, pidfd),
         watchdog=Watchdog(order.hold_limit_ms / 1000), stats=EpochLog(order.path("epochs.jsonl")),
         frame_limit=order.frame_limit_bytes)
     control.report("started")

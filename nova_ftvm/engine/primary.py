@@ -6,7 +6,6 @@ point of it, or hangs and is killed by the watchdog, the gate's keeper lets QEMU
 
 import contextlib
 import logging
-import select
 import selectors
 import signal
 import time
@@ -34,8 +33,8 @@ _PROGRESS_S = 1.0
 #: What a guest may wait for the loop beside the watchdog's limit, while QEMU is asked things: in the first copy, and
 #: when its output is let go for good.
 _ASKING_SLACK_S = 10.0
-#: How long after its sockets a process that ends is gone.
-_LAST_BREATH_S = 0.2
+#: Whether QEMU lives is looked at whenever nothing comes from anybody, and at least this often while something does.
+_LIFE_LOOK_S = 0.1
 #: How soon the guest's output is listened to again, once some has come: to wake up for each packet would take half of
 #: the processor that the guest needs to send it. And how soon while an epoch is on its way, when nothing depends on it.
 _LISTEN_S, _LISTEN_LATER_S = 1e-3, 5e-3
@@ -62,7 +61,7 @@ class PrimaryEngine:
                  monitor: ports.Monitor, gate: ports.Gate, buffers: ports.NetBuffer, mirror: ports.Mirror,
                  fixed: Iterator[DiskWrite], shallow: Collection[int], log_limit: int, link: Link, note: ports.Note,
                  processors: ports.Processors, precedence: ports.Precedence, control: ports.Control, pidfd: int,
-                 watchdog: ports.Watchdog, stats: EpochLog, frame_limit: int,
+                 life: ports.Life, watchdog: ports.Watchdog, stats: EpochLog, frame_limit: int,
                  clock: Callable[[], float] = time.monotonic) -> None:
         """fixed: contents of the disks that nobody writes to. shallow: the disks whose replica lies on the same base.
         log_limit: bytes of disk writes that may be on their way."""
@@ -81,6 +80,8 @@ class PrimaryEngine:
         self._precedence = precedence
         self._control = control
         self._pidfd = pidfd
+        self._life = life
+        self._next_life_look = clock()
         self._watchdog = watchdog
         self._stats = stats
         self._limit = frame_limit
@@ -153,8 +154,11 @@ class PrimaryEngine:
             self._watch_monitor()
             patience = self._patience()
             self._guard(patience)
-            for key, _ in self._selector.select(patience):
+            ready = self._selector.select(patience)
+            for key, _ in ready:
                 key.data()
+            if not ready or self._clock() >= self._next_life_look:
+                self._watch_qemu()
             if (look := self._loop.next_look) is not None and self._clock() >= look:
                 self._loop.on_processors(self._processors.asleep(), self._clock())
             self._do(self._loop.tick(self._clock()))
@@ -162,8 +166,7 @@ class PrimaryEngine:
                 self._copy_some()
             self._watch_overheard()
         except GuestGone as gone:
-            LOG.warning("the guest is gone: %s", gone)
-            self._on_guest_gone()
+            self._lose_qemu(gone)
         except (MirrorLost, OutputLost) as lost:
             self._lose_hold(str(lost))
         except (PeerLost, ProtocolError) as lost:
@@ -281,6 +284,30 @@ class PrimaryEngine:
             elif what == "fence":
                 self._do(self._loop.on_fence(order["reason"]))
 
+    def _watch_qemu(self) -> None:
+        """Whenever nothing has come: a QEMU that dies is silent until its memory is given back."""
+        self._next_life_look = self._clock() + _LIFE_LOOK_S
+        if self._life.is_ending():
+            LOG.warning("the guest is gone: QEMU is ending")
+            self._on_guest_gone()
+
+    def _lose_qemu(self, gone: GuestGone) -> None:
+        """Something of QEMU does not answer. If it lives this ends the engine, and the agent asks in its place: no
+        backup may be told that the guest is dead."""
+        if not self._has_ended():
+            raise gone
+        LOG.warning("the guest is gone: %s", gone)
+
+    def _has_ended(self) -> bool:
+        """Has QEMU, or is it about to? Then the loop is over. Asked when a part of QEMU was found closed."""
+        if self._life.is_ending():
+            self._on_guest_gone()
+        else:
+            # A planned end says so before it closes anything.
+            with contextlib.suppress(GuestGone):
+                self._on_monitor()
+        return self._loop.phase in OVER
+
     def _on_guest_gone(self) -> None:
         # What QEMU said before it ended counts: a shutdown is no failure.
         with contextlib.suppress(GuestGone):
@@ -298,7 +325,13 @@ class PrimaryEngine:
     def _unbuffer(self) -> None:
         self._watchdog.arm(_ASKING_SLACK_S)
         trip(Fault.BEFORE_UNBUFFER)
-        self._buffers.remove()
+        try:
+            self._buffers.remove()
+        except GuestGone as gone:
+            if not self._life.is_ending():
+                # Its output is still held, which is no end: the agent lets it go.
+                raise QemuError("to let its output go", str(gone)) from gone
+            raise
 
     def _ask(self) -> None:
         if not self._asks:
@@ -467,12 +500,12 @@ class PrimaryEngine:
     def _lose_hold(self, why: str) -> None:
         """Of a disk's writes or of the output: the backup lives, but no epoch after this can be whole.
 
-        A QEMU that dies closes those first. That is the backup's hour: to ask to go on alone would lose it all.
+        A QEMU that dies closes those as well, after the kernel has said that it dies. That is the backup's hour: to ask
+        to go on alone would lose it all.
         """
-        self._unmirror()
-        if select.select([self._pidfd], [], [], _LAST_BREATH_S)[0]:
-            self._on_guest_gone()
+        if self._has_ended():
             return
+        self._unmirror()
         LOG.warning("the guest is not followed any more: %s", why)
         self._do(self._loop.on_peer_lost(why, self._clock()))
 

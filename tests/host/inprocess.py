@@ -43,6 +43,7 @@ from nova_ftvm.host.disks import (
     replicas,
 )
 from nova_ftvm.host.gate import Gate
+from nova_ftvm.host.lifesigns import ProcessLife
 from nova_ftvm.host.memory import GuestMemory, TrackedMemory, ram_blocks
 from nova_ftvm.host.netbuf import OutputBuffer
 from nova_ftvm.host.precedence import NoPrecedence
@@ -282,6 +283,7 @@ class Comparison:
         hello = wire.Hello("pair", machine_type(monitor), tuple(self._blocks), disks=tuple(self._disks))
         link, self.shallow = links.dial("127.0.0.1", port, GENERATION, hello, TOKEN, LIMIT)
         pidfd = qmp.pidfd_of(monitor)
+        life = ProcessLife(monitor.pid, pidfd)
         memory = self._memory_type(monitor.pid, pidfd, self._blocks)
         mirror = self._mirror_type(monitor, self._disks, str(self._folder / "disks.sock"), (0, 0), 0, MAX_REQUEST)
         gate = HeldGate(str(self._folder / "state.fifo"), self._every, self._look)
@@ -298,7 +300,7 @@ class Comparison:
                     generation=GENERATION, memory=memory, talk=Conversation(monitor, gate, ended_mirror),
                     monitor=monitor, gate=gate, buffers=buffers, link=link, loop=loop, control=self._orders,
                     mirror=mirror, fixed=read_only_contents(self._disks), shallow=self.shallow, log_limit=LOG_LIMIT,
-                    pidfd=pidfd, watchdog=NoWatchdog(), note=NoNote(), processors=processors,
+                    pidfd=pidfd, life=life, watchdog=NoWatchdog(), note=NoNote(), processors=processors,
                     precedence=NoPrecedence(), stats=EpochLog(str(self._folder / "epochs.jsonl")),
                     frame_limit=LIMIT).run()
         finally:
@@ -309,6 +311,7 @@ class Comparison:
             mirror.close()
             mirror.remove()
             link.close()
+            life.close()
             os.close(pidfd)
 
     def _look(self) -> None:

@@ -180,6 +180,15 @@ class FakeProcessors:
         return self.is_asleep
 
 
+class FakeLife:
+    """ports.Life."""
+
+    ending = False
+
+    def is_ending(self) -> bool:
+        return self.ending
+
+
 class FakePrecedence:
     """ports.Precedence. `sent` is told what is done here."""
 

@@ -1,7 +1,6 @@
 """engine/primary.py: carries out what the loop decides, in its order, whatever QEMU, the peer and the agent do."""
 
 import dataclasses
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from nova_ftvm.engine.capture import Checkpoint, Conversation
 from nova_ftvm.engine.link import Link
 from nova_ftvm.engine.primary import PrimaryEngine
 from nova_ftvm.engine.stats import EpochLog, Stage
-from nova_ftvm.exception import QemuError
+from nova_ftvm.exception import GuestGone, QemuError
 from nova_ftvm.types import Buffer, Epoch
 from tests.unit.engine_fakes import (
     Bell,
@@ -24,6 +23,7 @@ from tests.unit.engine_fakes import (
     FakeBuffer,
     FakeControl,
     FakeGate,
+    FakeLife,
     FakeMemory,
     FakeMirror,
     FakeNote,
@@ -38,6 +38,8 @@ from tests.unit.frames import DISKS, GENERATION, LIMIT, write
 
 STATE = b"the devices' state"
 LOG_LIMIT = 10_000
+#: From STOP to RESUME, by QEMU's clock; so long the guest runs at least after it.
+PAUSE_S = 0.002
 #: Turns wait for events no longer than this.
 PACE = Pace(policy=Policy.FIXED, epoch_s=0.001, ack_limit_s=0.5, beat_s=0.001, live_passes=3, live_rest_pages=100)
 
@@ -50,7 +52,7 @@ class Bench:
         self.clock, self.qemu, self.gate, self.memory = Clock(), FakeQemu(), FakeGate(), FakeMemory()
         self.peer, self.control, self.watchdog, self.pidfd = Peer(theirs), FakeControl(), FakeWatchdog(), Bell()
         self.buffers, self.mirror = FakeBuffer(self.qemu.sent), FakeMirror(DISKS)
-        self.note, self.processors = FakeNote(self.qemu.sent), FakeProcessors()
+        self.note, self.processors, self.life = FakeNote(self.qemu.sent), FakeProcessors(), FakeLife()
         self.precedence = FakePrecedence(self.qemu.sent)
         self.loop = EpochLoop(pace, self.clock.now)
         self.talk = Conversation(self.qemu, self.gate, lambda message: (
@@ -59,8 +61,9 @@ class Bench:
             generation=GENERATION, loop=self.loop, memory=self.memory, monitor=self.qemu, gate=self.gate,
             talk=self.talk, buffers=self.buffers, mirror=self.mirror, fixed=iter([write(2, 0, b"config")]), shallow={1},
             log_limit=LOG_LIMIT, link=Link(ours, GENERATION, LIMIT), note=self.note, processors=self.processors,
-            precedence=self.precedence, control=self.control, pidfd=self.pidfd.fileno(), watchdog=self.watchdog,
-            frame_limit=LIMIT, stats=EpochLog(str(folder / "epochs.jsonl"), self.clock), clock=self.clock)
+            precedence=self.precedence, control=self.control, pidfd=self.pidfd.fileno(), life=self.life,
+            watchdog=self.watchdog, frame_limit=LIMIT, stats=EpochLog(str(folder / "epochs.jsonl"), self.clock),
+            clock=self.clock)
         # The clock stands still, so a turn must not wait by it: only for what is on its way already.
         self.engine._patience = lambda: 0.002
 
@@ -235,6 +238,7 @@ def test_an_engine_that_fails_in_a_pause_gives_its_precedence_back(bench: Bench)
 def test_what_the_guest_sends_brings_the_next_checkpoint_and_is_covered_up_to_its_stop(tmp_path: Path) -> None:
     bench = Bench(tmp_path, dataclasses.replace(PACE, policy=Policy.EVENT))
     bench.checkpoint()
+    bench.clock.now += PAUSE_S
     bench.turn(10)
     assert bench.loop.phase is Phase.RUNNING, "nothing was sent"
     bench.buffers.ring()
@@ -248,7 +252,7 @@ def test_what_the_guest_sends_brings_the_next_checkpoint_and_is_covered_up_to_it
     bench.acknowledge(2)
     bench.turn(10)
     assert bench.loop.phase is Phase.RUNNING, "what was sent before the guest stood is covered"
-    bench.clock.now += 0.001
+    bench.clock.now += PAUSE_S
     bench.buffers.ring()
     bench.turn()
     bench.clock.now += 0.001
@@ -256,6 +260,7 @@ def test_what_the_guest_sends_brings_the_next_checkpoint_and_is_covered_up_to_it
     bench.begin_state()
     bench.buffers.ring()
     bench.end_save()
+    bench.clock.now += PAUSE_S
     bench.acknowledge(3)
     assert bench.loop.phase is Phase.STOPPING and bench.loop.epoch == 4, "sent after it: the next epoch's"
 
@@ -365,7 +370,7 @@ def test_much_that_is_held_brings_a_checkpoint_whatever_the_policy_says(tmp_path
     assert bench.loop.phase is Phase.RUNNING
     bench.buffers.is_filling = True
     bench.buffers.ring()
-    bench.clock.now += 0.001
+    bench.clock.now += PAUSE_S
     bench.turn()
     assert bench.loop.phase is Phase.STOPPING
 
@@ -654,7 +659,7 @@ def test_a_handed_over_guest_keeps_its_disks_and_its_output_is_held(bench: Bench
 def test_a_qemu_that_dies_is_told_to_the_backup(bench: Bench, how: str) -> None:
     bench.checkpoint()
     bench.peer.read()
-    bench.qemu.gone = True
+    bench.qemu.gone = bench.life.ending = True
     (bench.pidfd if how == "pidfd" else bench.qemu).ring()
     bench.turn()
     assert bench.loop.phase is Phase.ENDED and bench.peer.kinds()[-1] == "GUEST_GONE"
@@ -662,7 +667,7 @@ def test_a_qemu_that_dies_is_told_to_the_backup(bench: Bench, how: str) -> None:
 
 def test_a_qemu_and_a_link_that_die_together_end_the_engine_in_peace(bench: Bench) -> None:
     bench.checkpoint()
-    bench.qemu.gone = True
+    bench.qemu.gone = bench.life.ending = True
     bench.peer.close()
     bench.pidfd.ring()
     assert bench.engine.run() is Phase.ENDED
@@ -828,14 +833,17 @@ def test_the_epoch_is_cut_when_the_disks_are_at_rest(bench: Bench) -> None:
     assert wire.decode_commit(commit)[2] == 2
 
 
-def test_a_full_log_makes_the_guest_wait_brings_a_checkpoint_and_lets_qemu_drain(bench: Bench) -> None:
+def test_a_full_log_makes_the_guest_wait_brings_a_checkpoint_and_lets_qemu_drain(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, dataclasses.replace(PACE, epoch_s=100.0))
     running(bench)
     epoch = bench.loop.epoch
     bench.mirror.write(write(0, 0, b"x" * LOG_LIMIT))
     bench.turn(1)
     bench.mirror.write(write(0, 0, b"waits"))
+    bench.turn(5)
+    assert bench.mirror.answered == 1 and bench.loop.phase is Phase.RUNNING, "the guest has its share of the time"
+    bench.clock.now += PAUSE_S
     bench.turn(1)
-    assert bench.mirror.answered == 1 or bench.loop.phase is Phase.STOPPING
     assert bench.loop.phase is Phase.STOPPING and bench.loop.epoch == epoch + 1
     bench.turn()
     assert bench.mirror.answered == 2
@@ -892,14 +900,95 @@ def test_a_mirror_that_ends_holds_the_output_and_lets_the_guest_write(bench: Ben
     assert bench.engine.run() is Phase.ALONE
 
 
-def test_a_qemu_that_dies_closes_its_mirrors_first_and_is_still_told_as_dead(bench: Bench) -> None:
+@pytest.mark.parametrize("part", ["mirror", "output", "monitor"])
+def test_a_qemu_that_dies_is_told_as_dead_whatever_of_it_closes_first(bench: Bench, part: str) -> None:
     """Else the primary would ask to go on alone, with nobody there, and keep the backup from going on."""
     running(bench)
-    bench.mirror.lose("QEMU closed disk 0")
-    threading.Timer(0.02, bench.pidfd.ring).start()
+    bench.life.ending = True
+    if part == "monitor":
+        bench.qemu.gone = True
+        bench.qemu.ring()
+    else:
+        (bench.mirror if part == "mirror" else bench.buffers).lose(f"QEMU closed its {part}")
     bench.turn(1)
     assert bench.loop.phase is Phase.ENDED and bench.peer.kinds()[-1] == "GUEST_GONE"
     assert "ask_degrade" not in bench.control.told
+    assert not bench.mirror.closed, "to end it in order takes time, and can wait"
+
+
+@pytest.mark.parametrize("phase", [Phase.COPYING, Phase.STOPPING, Phase.STOPPED, Phase.UNACKNOWLEDGED, Phase.RUNNING])
+def test_a_qemu_that_dies_in_silence_is_told_as_dead_as_soon_as_nothing_else_happens(bench: Bench,
+                                                                                  phase: Phase) -> None:
+    """Its memory is given back before it closes anything: that may take seconds."""
+    if phase is Phase.COPYING:
+        bench.mirror.is_followed = False
+        bench.turn()
+    else:
+        running(bench)
+        if phase is not Phase.RUNNING:
+            to_batch(bench)
+        if phase in (Phase.STOPPED, Phase.UNACKNOWLEDGED):
+            bench.stop_guest()
+        if phase is Phase.STOPPED:
+            bench.qemu.event("STOP", 1)
+            bench.engine._on_monitor()
+        if phase is Phase.UNACKNOWLEDGED:
+            bench.begin_state()
+            bench.end_save()
+    bench.peer.read()
+    assert bench.loop.phase is phase
+    released = bench.qemu.sent.count("release")
+    bench.life.ending = True
+    bench.turn(2)
+    assert bench.loop.phase is Phase.ENDED and bench.peer.kinds()[-1] == "GUEST_GONE"
+    assert "ask_degrade" not in bench.control.told and bench.qemu.sent.count("release") == released
+
+
+def test_a_backup_that_is_always_busy_hides_no_death_of_a_qemu_for_longer_than_a_beat(bench: Bench) -> None:
+    running(bench)
+    bench.life.ending = True
+    bench.clock.now += 0.1
+    bench.peer.send(wire.Kind.BEAT)
+    bench.turn(1)
+    assert bench.loop.phase is Phase.ENDED and bench.peer.kinds()[-1] == "GUEST_GONE"
+
+
+def test_a_planned_end_that_closes_a_mirror_before_its_word_is_read_is_a_planned_end(bench: Bench) -> None:
+    running(bench)
+    bench.qemu._messages.append({"event": "SHUTDOWN", "timestamp": {"seconds": 1, "microseconds": 0}})
+    bench.mirror.lose("QEMU closed disk 0")
+    bench.turn(1)
+    assert bench.loop.phase is Phase.ENDED and bench.peer.kinds() == ["BYE"]
+    assert bench.control.told[-1] == "guest_shutdown"
+
+
+@pytest.mark.parametrize("why", ["QEMU's monitor gave no answer within 5 s", "a processor's thread is gone"])
+def test_a_qemu_that_lives_is_never_told_as_dead(bench: Bench, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine ends, and its agent asks for the guest that is still there."""
+    running(bench)
+
+    def fail() -> list[dict[str, object]]:
+        raise GuestGone(why)
+
+    monkeypatch.setattr(bench.qemu, "receive", fail)
+    bench.qemu.ring()
+    with pytest.raises(GuestGone, match=why):
+        bench.engine.run()
+    assert "GUEST_GONE" not in bench.peer.kinds() and bench.note.text == "held"
+
+
+def test_output_that_a_silent_qemu_still_holds_is_not_forgotten(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may speak again, and is not heard: its agent has to know, now or after its own restart."""
+    running(bench)
+
+    def fail() -> None:
+        raise GuestGone("QEMU's monitor gave no answer within 5 s")
+
+    monkeypatch.setattr(bench.buffers, "remove", fail)
+    bench.control.give("stop", reason="enough")
+    with pytest.raises(QemuError, match="no answer within 5 s"):
+        bench.engine.run()
+    assert bench.note.text == "held"
 
 
 def test_a_lost_backup_lets_the_guest_write_before_the_arbiter_answers(bench: Bench) -> None:
