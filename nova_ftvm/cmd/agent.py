@@ -22,7 +22,7 @@ from nova_ftvm.conf import engine as engine_conf
 from nova_ftvm.conf import service as service_conf
 from nova_ftvm.engine.agent import Agent, Engine
 from nova_ftvm.exception import FtvmError
-from nova_ftvm.host import guests, note, probe, process
+from nova_ftvm.host import guests, kvm, note, probe, process
 from nova_ftvm.rpc import common
 from nova_ftvm.rpc import server as rpc_server
 from nova_ftvm.rpc.agent import AgentApi
@@ -112,7 +112,7 @@ def main() -> int:
     os.makedirs(conf.agent.runtime_dir, mode=0o755, exist_ok=True)
     here = guests.Guests(conf.agent.runtime_dir, qemu_owner, conf.agent.libvirt_uri)
     agent = Agent(conf.host, conf.agent.data_address, missing, ManagerClient(transport, _RPC_TIMEOUT_S), here,
-                  EngineFactory(conf, qemu_owner))
+                  EngineFactory(conf, qemu_owner), abilities=kvm.abilities())
     living = surviving_engines(conf.agent.runtime_dir)
     agent.adopt_engines([*living, *lost_engines(conf.agent.runtime_dir, living)])
     server = rpc_server.serve(transport, common.AGENT_TOPIC, conf.host,

@@ -49,6 +49,9 @@ class Needs:
     tsc_hz: int = 0
 
 
+NOTHING_NEEDED = Needs()
+
+
 def misfit(needs: Needs, abilities: Abilities | None) -> str:
     """Why a host cannot take over such a guest, in one sentence; '' when it can, or when it did not tell.
 

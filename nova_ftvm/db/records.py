@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from nova_ftvm.core.kind import Abilities
 from nova_ftvm.types import Generation, InstanceId, PairId, PairState
 
 
@@ -84,6 +85,8 @@ class Host:
     incarnation: str = ""
     #: Since when it has reported without a gap, and the same of itself.
     since: float = 0.0
+    #: What its KVM can; None when its agent is too old to tell.
+    abilities: Abilities | None = None
     #: We told Nova that it is down; we must take that back once it is not.
     forced_down_by_us: bool = False
     forced_at: float = 0.0

@@ -54,5 +54,6 @@ class HostRow(Base):
     engines: Mapped[list[Any]]
     incarnation: Mapped[str | None] = mapped_column(sa.String(64))
     since: Mapped[float | None]
+    abilities: Mapped[dict[str, Any] | None]
     forced_down_by_us: Mapped[bool]
     forced_at: Mapped[float]

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from oslo_db import api as db_api
 from oslo_db import exception as db_exception
 
+from nova_ftvm.core.kind import Abilities
 from nova_ftvm.db.records import Engine, Host, Pair, Refusal
 from nova_ftvm.db.schema import HostRow, PairRow
 from nova_ftvm.exception import FtvmError, LostRace, PairNotFound
@@ -168,7 +169,8 @@ class Store:
         """What its agent says; leaves forced_down_by_us alone."""
         said = {"capable": host.capable, "reason": host.reason, "data_address": host.data_address,
                 "reported_at": host.reported_at, "engines": [dataclasses.asdict(engine) for engine in host.engines],
-                "incarnation": host.incarnation, "since": host.since}
+                "incarnation": host.incarnation, "since": host.since,
+                "abilities": None if host.abilities is None else host.abilities.told()}
         self._put_host(host.name, said)
 
     def mark_forced_down(self, host: str, forced: bool) -> None:
@@ -181,7 +183,7 @@ class Store:
             if connection.execute(update).rowcount:
                 return
         fresh: dict[str, Any] = {"capable": False, "reason": "its agent has not reported", "data_address": "",
-                                 "reported_at": 0.0, "engines": [], "incarnation": "", "since": 0.0,
+                                 "reported_at": 0.0, "engines": [], "incarnation": "", "since": 0.0, "abilities": None,
                                  "forced_down_by_us": False, "forced_at": 0.0}
         try:
             with self._engine.begin() as connection:
@@ -227,4 +229,5 @@ def _host(row: Any) -> Host:
                 data_address=row["data_address"], reported_at=row["reported_at"],
                 engines=tuple(Engine(**engine) for engine in row["engines"] or ()),
                 incarnation=row["incarnation"] or "", since=row["since"] or 0.0,
+                abilities=Abilities.read(row["abilities"]),
                 forced_down_by_us=bool(row["forced_down_by_us"]), forced_at=row["forced_at"])

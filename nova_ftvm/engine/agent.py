@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from nova_ftvm.core import domain
+from nova_ftvm.core.kind import Abilities
 from nova_ftvm.exception import FtvmError, Unsupported
 from nova_ftvm.rpc.common import Failed
 from nova_ftvm.rpc.manager import ManagerClient
@@ -107,8 +108,9 @@ class Agent:
 
     def __init__(self, host: str, data_address: str, missing: list[str], manager: ManagerClient, guests: Guests,
                  start_engine: Callable[[dict[str, Any]], Engine],
-                 sleep: Callable[[float], None] = time.sleep) -> None:
+                 sleep: Callable[[float], None] = time.sleep, *, abilities: Abilities) -> None:
         """`start_engine` takes role, pair_id, generation, instance_id, token, address, port, policy."""
+        self._abilities = abilities
         self._host = host
         self._data_address = data_address
         self._missing = missing
@@ -133,7 +135,7 @@ class Agent:
         if self._missing:
             return {"monitor": "", "capable": False, "reason": "; ".join(self._missing)}
         return {"monitor": os.path.join(self._guests.make_folder(instance_id), "monitor.sock"), "capable": True,
-                "reason": ""}
+                "reason": "", "abilities": self._abilities.told()}
 
     def describe_domain(self, instance_id: str) -> dict[str, Any]:
         try:
@@ -225,7 +227,7 @@ class Agent:
                     "generation": w.engine.generation, "state": w.state} for w in reported]
         answer = self._manager.agent_report(self._host, {
             "capable": not self._missing, "reason": "; ".join(self._missing), "data_address": self._data_address,
-            "incarnation": self._incarnation,
+            "incarnation": self._incarnation, "abilities": self._abilities.told(),
             "engines": engines})
         stale = frozenset(answer.get("stale", ()))
         for watched in reported:

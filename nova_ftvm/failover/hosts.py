@@ -6,6 +6,7 @@ from typing import Any
 
 from oslo_log import log
 
+from nova_ftvm.core.kind import Abilities
 from nova_ftvm.db.records import Engine, Host, Pair
 from nova_ftvm.db.store import Store
 from nova_ftvm.exception import LostRace
@@ -61,7 +62,7 @@ class Hosts:
         now = self._clock.now()
         said = Host(name=name, capable=bool(report["capable"]), reason=report.get("reason", ""),
                     data_address=report.get("data_address", ""), incarnation=str(report.get("incarnation", "")),
-                    reported_at=now, engines=engines)
+                    reported_at=now, engines=engines, abilities=Abilities.read(report.get("abilities")))
         before = self._store.host(name)
         same = before is not None and before.alive(now, self._settings.agent_down_s) and _word(before) == _word(said)
         self._store.report(dataclasses.replace(said, since=before.since if before is not None and same else now))
@@ -95,7 +96,7 @@ class Hosts:
 
 def _word(host: Host) -> tuple[object, ...]:
     """What the agent says of itself and its host, apart from its engines."""
-    return host.capable, host.reason, host.data_address, host.incarnation
+    return host.capable, host.reason, host.data_address, host.incarnation, host.abilities
 
 
 def _is_first_copy(pair: Pair, host: str, engine: Engine) -> bool:

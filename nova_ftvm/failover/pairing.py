@@ -9,9 +9,11 @@ from collections.abc import Container, Mapping, Sequence
 from oslo_log import log
 
 from nova_ftvm.core import request
+from nova_ftvm.core.domain import needs as needs_of
+from nova_ftvm.core.kind import NOTHING_NEEDED, Needs, misfit
 from nova_ftvm.db.records import Host, Pair
 from nova_ftvm.db.store import Store
-from nova_ftvm.exception import FtvmError, LostRace
+from nova_ftvm.exception import FtvmError, LostRace, Unsupported
 from nova_ftvm.failover import line, refusals, shown
 from nova_ftvm.failover.agents import AgentFailed, Agents, lasting, said
 from nova_ftvm.failover.arbiter import NOTHING, Arbiter
@@ -48,11 +50,21 @@ class InLine(FtvmError):
 
 
 def candidates(hosts: Mapping[str, Host], primary_host: str, now: float, limit_s: float,
-               refused: Container[str] = ()) -> list[str]:
+               refused: Container[str] = (), needs: Needs = NOTHING_NEEDED) -> list[str]:
     """Hosts that can hold a backup of a server on `primary_host`. Nova chooses none that is forced down."""
     return sorted(name for name, host in hosts.items()
                   if name != primary_host and name not in refused and host.capable and host.alive(now, limit_s)
-                  and not host.forced_down_by_us)
+                  and not host.forced_down_by_us and not misfit(needs, host.abilities))
+
+
+def misfits(hosts: Mapping[str, Host], primary_host: str, now: float, limit_s: float,
+            refused: Container[str], needs: Needs) -> str:
+    """Why none of the hosts that could hold a backup otherwise can take over such a guest; '' when one can."""
+    if candidates(hosts, primary_host, now, limit_s, refused, needs):
+        return ""
+    unfit = {name: misfit(needs, hosts[name].abilities)
+             for name in candidates(hosts, primary_host, now, limit_s, refused)}
+    return "; ".join(f"{name} cannot hold the backup: {why}" for name, why in unfit.items())
 
 
 class Pairing:
@@ -109,12 +121,24 @@ class Pairing:
         hosts, now, limit_s = self._store.hosts(), self._clock.now(), self._settings.agent_down_s
         refused = refusals.standing(pair, hosts, now, self._settings).keys()
         avoided = refused | refusals.avoided(pair, now)
-        places = (candidates(hosts, pair.primary_host, now, limit_s / _FRESH, avoided)
-                  or candidates(hosts, pair.primary_host, now, limit_s / _FRESH, refused)
-                  or candidates(hosts, pair.primary_host, now, limit_s, refused))
+        needs = self._needs(pair)
+        places = (candidates(hosts, pair.primary_host, now, limit_s / _FRESH, avoided, needs)
+                  or candidates(hosts, pair.primary_host, now, limit_s / _FRESH, refused, needs)
+                  or candidates(hosts, pair.primary_host, now, limit_s, refused, needs))
+        if not places and (why := misfits(hosts, pair.primary_host, now, limit_s, refused, needs)):
+            raise PlaceLost(why)
         load = line.load(self._store.pairs_in(PairState.PENDING, PairState.SYNCING))
         roomy = [host for host in places if load[host] < self._settings.sync_limit_per_host]
         return roomy if roomy and pair.attempts == 0 else places
+
+    def _needs(self, pair: Pair) -> Needs:
+        """What the guest's domain asks of a host. Unknown is nothing: `plan` asks again, and so does the driver."""
+        try:
+            return needs_of(self._agents.describe_domain(pair.primary_host, pair.instance_id)["domain_xml"])
+        except (*AgentFailed, Unsupported) as error:
+            LOG.warning("Pair %s generation %d: the agent of %s does not describe the guest, and any host may be "
+                        "chosen: %s", pair.id, pair.generation, pair.primary_host, said(error))
+            return NOTHING_NEEDED
 
     # -- filling
 

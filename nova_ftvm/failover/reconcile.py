@@ -10,18 +10,19 @@ from oslo_log import log
 from oslo_utils import uuidutils
 
 from nova_ftvm.core import request
-from nova_ftvm.core.domain import obstacle
+from nova_ftvm.core.domain import needs, obstacle
+from nova_ftvm.core.kind import Needs
 from nova_ftvm.db.records import Host, Pair
 from nova_ftvm.db.store import Store
 from nova_ftvm.exception import LostRace, Unsupported
 from nova_ftvm.failover import hosts as reports
-from nova_ftvm.failover import shown
+from nova_ftvm.failover import refusals, shown
 from nova_ftvm.failover.agents import AgentFailed, Agents, said
 from nova_ftvm.failover.arbiter import CATCH_UP, Arbiter
 from nova_ftvm.failover.catchup import CatchUp
 from nova_ftvm.failover.cloud import BACKUP_PREFIX, PRIMARY_KEY, Cloud, CloudRefused, CloudUnavailable, Server
 from nova_ftvm.failover.judge import Act, Verdict, View, judge
-from nova_ftvm.failover.pairing import Pairing
+from nova_ftvm.failover.pairing import Pairing, misfits
 from nova_ftvm.failover.settings import Clock, Settings
 from nova_ftvm.types import Generation, InstanceId, PairId, PairState
 
@@ -157,7 +158,7 @@ class Reconciler:
         """What costs questions: the shape, then the domain; then the pair."""
         assert server.host is not None
         instance_id = InstanceId(server.id)
-        why = self._obstacle(server) or self._unarmed(server.host, instance_id)
+        why = self._obstacle(server) or self._unfit(server.host, instance_id, view)
         if why:
             if pair is None or pair.state is PairState.DISABLED:
                 self._refuse(server, pair, why)
@@ -174,7 +175,8 @@ class Reconciler:
             has_image=bool(server.image_id), volumes=server.volumes,
             vnic_types=[port.vnic_type for port in self._cloud.ports(server.id)]))
 
-    def _unarmed(self, host: str, instance_id: InstanceId) -> str:
+    def _unfit(self, host: str, instance_id: InstanceId, view: View) -> str:
+        """What the server's domain says against it, on this host and on those that could hold the backup."""
         try:
             domain = self._agents.describe_domain(host, instance_id)
         except AgentFailed as error:
@@ -183,9 +185,13 @@ class Reconciler:
             return domain["reason"]
         try:
             # A disk may have come since it was armed.
-            return obstacle(domain["domain_xml"])
+            return obstacle(domain["domain_xml"]) or self._misfits(host, view, needs(domain["domain_xml"]))
         except Unsupported as error:
             return str(error)
+
+    def _misfits(self, host: str, view: View, needed: Needs) -> str:
+        refused = refusals.standing(view.pair, view.hosts, view.now, view.settings)
+        return misfits(view.hosts, host, view.now, view.settings.agent_down_s, refused, needed)
 
     # -- what belongs to no server
 

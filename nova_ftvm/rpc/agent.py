@@ -17,7 +17,8 @@ class AgentApi(Protocol):
     def prepare_domain(self, instance_id: str) -> dict[str, Any]:
         """The driver, before it defines a domain that asks for protection (primary or standby).
         Makes the server's runtime folder. Answer: {"monitor": path for the second QMP monitor, "capable": bool,
-        "reason": why not}."""
+        "reason": why not, "abilities": what the host's KVM can (core.kind.Abilities as dict; an older agent leaves it
+        out)}."""
 
     def describe_domain(self, instance_id: str) -> dict[str, Any]:
         """Answer: {"domain_xml": live XML, migratable; "armed": bool, has it our monitor; "reason": why not;

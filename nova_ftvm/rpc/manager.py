@@ -43,6 +43,7 @@ class ManagerApi(Protocol):
         """A compute host's sign of life, every [agent]report_interval_s.
 
         report: {"capable": bool, "reason": str, "data_address": str, "incarnation": which start of the agent this is,
+        "abilities": what the host's KVM can (core.kind.Abilities as dict; an older agent leaves it out),
         "engines": [{"pair_id", "instance_id",
         "role", "generation", "state"}]}. Answer: {"stale": [pair ids whose engine must be fenced]}.
         """

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from nova_ftvm.core.kind import Abilities
 from nova_ftvm.engine import agent as agent_module
 from nova_ftvm.engine.agent import Agent, _Watched
 from nova_ftvm.exception import FtvmError
@@ -98,7 +99,8 @@ class _Turn:
         self.facts = facts
         self.script = list(script)
         self.before_answer: Any = None
-        self.agent = Agent(host, "address", [], self, self, self._start, lambda seconds: None)  # type: ignore
+        self.agent = Agent(host, "address", [], self, self, self._start, lambda seconds: None,  # type: ignore
+                           abilities=Abilities())
         for name, table in facts.memory:
             getattr(self.agent, name).update(table)
         self.watched = [_awake(_Engine(self, each.role, each.generation), each.flags) for each in watched]

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 
+from nova_ftvm.core.kind import Abilities
 from nova_ftvm.engine.agent import Agent
 from nova_ftvm.exception import FtvmError, GuestGone, Unsupported
 from nova_ftvm.rpc import common
 from nova_ftvm.types import Generation, Grant
 
 PAIR, SERVER, BACKUP_SERVER = "pair", "server", "backup-server"
+ABLE = Abilities(kvm=True, tsc_hz=2_100_000_000, tsc_adjust=True)
 
 
 class Silence(common.Failed[0]):  # type: ignore[misc]
@@ -142,7 +144,8 @@ class Host:
         self.next_engine: FakeEngine | None = None
         self.says_at_once: list[dict[str, Any]] = [{"event": "listening", "port": 4000}]
         self.slept = 0.0
-        self.agent = Agent("alpha", "10.0.0.1", missing or [], self.manager, self.guests, self._start, self._sleep)
+        self.agent = Agent("alpha", "10.0.0.1", missing or [], self.manager, self.guests, self._start, self._sleep,
+                           abilities=ABLE)
 
     def _sleep(self, seconds: float) -> None:
         self.slept += seconds
@@ -681,6 +684,13 @@ def test_a_host_that_lacks_something_says_so_and_arms_nothing() -> None:
     assert host.call("prepare_domain", instance_id=SERVER) == {
         "monitor": "", "capable": False, "reason": "the kernel is too old"}
     assert Host().call("prepare_domain", instance_id=SERVER)["monitor"] == f"/run/{SERVER}/monitor.sock"
+
+
+def test_what_the_hosts_kvm_can_is_told_to_the_driver_and_to_the_manager(host: Host) -> None:
+    assert Abilities.read(host.call("prepare_domain", instance_id=SERVER)["abilities"]) == ABLE
+    host.agent.report()
+    (_, report) = host.manager.calls[-1][1]
+    assert Abilities.read(report["abilities"]) == ABLE
 
 
 def test_a_domain_is_described_with_the_sizes_of_its_disks(host: Host) -> None:

@@ -12,6 +12,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
 from nova_ftvm.cmd import manage
+from nova_ftvm.core.kind import Abilities
 from nova_ftvm.db import connect
 from nova_ftvm.db.records import Engine, Host, Refusal
 from nova_ftvm.db.schema import Base
@@ -153,7 +154,8 @@ def test_a_claim_keeps_others_out_until_it_ends(engine):
 
 
 def test_a_host_keeps_what_was_said_of_it(store):
-    host = Host("hx", True, "", "10.0.0.1", 5.0, (Engine("p", "primary", 1, "running"),))
+    host = Host("hx", True, "", "10.0.0.1", 5.0, (Engine("p", "primary", 1, "running"),),
+                abilities=Abilities(kvm=True, tsc_hz=2_100_000_000))
     store.report(host)
     store.report(host)
     assert store.hosts() == {"hx": host}
