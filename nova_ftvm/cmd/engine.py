@@ -71,6 +71,7 @@ class Order:
     qemu_owner: tuple[int, int]
     policy: str
     epoch_ms: float
+    max_pause_percent: float
     hold_limit_ms: float
     beat_ms: float
     beat_misses: int
@@ -143,7 +144,8 @@ def run_primary(order: Order, control: ControlServer) -> int:
     precedence = Precedence(monitor.pid) if order.realtime_pauses else NoPrecedence()
     gate = Gate(order.path("state.fifo"), order.qemu_owner, precedence.leave_qemu)
     pace = Pace(policy=Policy(order.policy), epoch_s=order.epoch_ms / 1000, ack_limit_s=order.ack_limit_ms / 1000,
-                beat_s=order.beat_ms / 1000, live_passes=order.live_passes, live_rest_pages=order.live_rest_pages)
+                beat_s=order.beat_ms / 1000, live_passes=order.live_passes, live_rest_pages=order.live_rest_pages,
+                most_paused=order.max_pause_percent / 100)
     engine = PrimaryEngine(
         generation=order.generation, loop=EpochLoop(pace, time.monotonic()), memory=memory,
         talk=Conversation(monitor, gate, ended_mirror), monitor=monitor, gate=gate, buffers=buffers,

@@ -16,6 +16,12 @@ OPTS = [
         help="Of the policy 'fixed': milliseconds from the end of one checkpoint to the start of the next. "
              "A reply waits for half of it or more, plus the pause and the backup's acknowledgement."),
     cfg.FloatOpt(
+        "max_pause_percent", default=50.0, min=1.0, max=50.0,
+        help="The most of a guest's time, in percent, that it may stand in pauses; every policy keeps it. A checkpoint "
+             "waits until the guest has run for its share, and so does the output that it covers. A guest whose clock "
+             "stands in pauses, as any does under TCG, falls behind by as much as it pauses: set 8 or less, so that "
+             "its NTP client keeps up. 50: the guest runs at least as long as it stood."),
+    cfg.FloatOpt(
         "hold_limit_ms", default=1000.0, min=100.0,
         help="Watchdog: the kernel kills an engine that hangs for longer: its guest's checkpoint, disk writes or "
              "output wait for it. QEMU then lets the guest run on by itself."),

@@ -96,6 +96,8 @@ class Pace:
     beat_s: float
     live_passes: int
     live_rest_pages: int
+    #: The share of the time that the guest may stand in pauses, whatever the policy says; 0.5 at most.
+    most_paused: float = 0.5
 
 
 Acts = tuple[Act, ...]
@@ -117,7 +119,7 @@ class EpochLoop:
         self._began = now
         #: Did the guest send something in the epoch that ends, and once more after that?
         self._spoke = self._spoke_on = False
-        #: A checkpoint is needed at once, whatever the policy says.
+        #: A checkpoint is needed as soon as the guest had its share of the time, whatever the policy says.
         self._urgent = False
         self._ack_limit_s = pace.ack_limit_s
         self._silence_limit_s = pace.ack_limit_s
@@ -239,7 +241,7 @@ class EpochLoop:
         guest stood still for so long."""
         if self.phase is not Phase.DRAINING:
             return ()
-        self._seen.resumed, self._seen.pause_s = now, pause_s
+        policy.on_resumed(self._seen, self._pace.most_paused, now, pause_s)
         if self._stop_asked:
             return self._end()
         if self.reason:
@@ -269,7 +271,11 @@ class EpochLoop:
         return (Act.RELEASE, Act.REPORT_PROTECTED) if epoch == 1 else (Act.RELEASE,)
 
     def on_filling(self) -> None:
-        """What is held of the guest's output, or logged of its writes, has no room for more: a checkpoint makes it."""
+        """What is held of the guest's output, or logged of its writes, has no room for more: a checkpoint makes it.
+
+        It too waits for the guest's share of the time. Until then the guest's writes wait, and what it sends beyond
+        the room for output is lost as on a link that is full; no law depends on how soon a checkpoint comes.
+        """
         self._urgent = True
 
     # The pair
@@ -328,7 +334,9 @@ class EpochLoop:
         return (Act.SAY_GUEST_GONE,)
 
     def _due(self) -> float:
-        return self._seen.resumed if self._urgent else policy.due(self._pace.policy, self._pace.epoch_s, self._seen)
+        if self._urgent:
+            return policy.earliest(self._seen)
+        return policy.due(self._pace.policy, self._pace.epoch_s, self._seen)
 
     def _checkpoint(self) -> Acts:
         self._urgent = False

@@ -9,14 +9,21 @@ for nothing before. `adaptive` gathers: while a processor of the guest is busy, 
 checkpoint carries; when all sleep, the guest has said what it had to say, and to stop it costs nothing. But a guest
 that is let run until it has nothing more to do waits for the commit, its clients with it. If it has work for much
 longer than that takes, how long to gather is learned (`on_released`): less if it slept when its epoch was acknowledged,
-more if it still had work. Two bounds keep it from the extremes: between two pauses the guest has its share of the
-time, and output never waits for long. A busy guest that sends no more for a while works at something else: one reply
-beside it does not wait for company.
+more if it still had work. Output never waits for company for long. A busy guest that sends no more for a while works
+at something else: one reply beside it does not wait for company.
 
 Whether they sleep must be looked at, and each look takes time from a processor that the guest may need. So how long it
 is busy with its output is learned too, and nobody looks in the first part of that time (`on_checkpoint`). And for a
 guest whose first output was all that it had to say, several times in a row, nobody waits (`on_cut`); nor for one that
 needs no longer for all of it than it takes to be stopped.
+
+One bound goes before all of them (`earliest`): the share of the time that the guest may stand in pauses. Each pause is
+owed a time of running, (1 - share) / share times as long as it was, and no checkpoint is taken before that is paid
+(`on_resumed`). A guest that ran without pauses has up to AHEAD_S of it paid ahead, so that a few replies in a row need
+not wait; but after each pause it runs at least as long as it stood. Over any time of W seconds, with pauses of p
+seconds at most, the share is exceeded by less than share * AHEAD_S / W + (1 - share) * p / W. What is owed beyond
+MOST_OWED_S is forgotten: one pause of 5 s does not keep output back for minutes. So the bound does not hold for a guest
+whose pauses are all longer than MOST_OWED_S * share / (1 - share): 20 ms at 1 %, 105 ms at 5 %.
 """
 
 import dataclasses
@@ -35,8 +42,8 @@ _LOOK_S = 100e-6
 _BLIND = 0.75
 #: By this part each epoch changes what is known of that time; and so much of it is left if it was too long.
 _LEARN, _LEAVE = 0.25, 0.7
-#: The guest's share of the time when it does nothing but send: it runs at least this many times as long as it stood.
-_SHARE = 1.0
+#: Running that may be paid before it is owed, and the most that is owed, in seconds: see above.
+AHEAD_S, MOST_OWED_S = 0.25, 2.0
 #: Output of a busy guest is gathered for so many pauses, within the bounds: then the pause is a small part of the time.
 _GATHER_PAUSES = 10.0
 _GATHER_S = (2e-3, 40e-3)
@@ -85,10 +92,30 @@ class Measured:
     commit_s: float = 0.0
     #: How long the guest runs, from its restart, before its output is due: learned, see `on_released`.
     gather_s: float = math.inf
+    #: For how long it is to run, from `resumed` on, for the pauses so far; less than 0: it ran ahead. See `on_resumed`.
+    owed_s: float = 0.0
 
 
 def due(policy: Policy, epoch_s: float, seen: Measured) -> float:
     """The time of the next checkpoint, if nothing more is seen until then. epoch_s: what `fixed` keeps to."""
+    return max(_wanted(policy, epoch_s, seen), earliest(seen))
+
+
+def earliest(seen: Measured) -> float:
+    """No checkpoint is taken before this, whatever waits for one: the guest has its share of the time."""
+    return seen.resumed + min(max(seen.pause_s, seen.owed_s), MOST_OWED_S)
+
+
+def on_resumed(seen: Measured, most_paused: float, now: float, pause_s: float) -> None:
+    """Accounts for a pause; told when the guest runs again. most_paused: the share of the time that it may stand in
+    pauses, 0.5 at most."""
+    pause_s = max(0.0, pause_s)
+    ran_s = max(0.0, now - pause_s - seen.resumed)
+    owed_s = max(seen.owed_s - ran_s, -AHEAD_S) + pause_s * (1 / most_paused - 1)
+    seen.resumed, seen.pause_s, seen.owed_s = now, pause_s, min(owed_s, MOST_OWED_S)
+
+
+def _wanted(policy: Policy, epoch_s: float, seen: Measured) -> float:
     if policy is Policy.FIXED:
         return seen.resumed + epoch_s
     quiet = seen.resumed + _within(_QUIET_PAUSES * seen.pause_s, _QUIET_S)
@@ -104,7 +131,7 @@ def due(policy: Policy, epoch_s: float, seen: Measured) -> float:
         gathered = min(gathered, seen.asleep_since + _ASLEEP_S)
     if _is_brief(seen):
         gathered = seen.output_since
-    return min(max(gathered, seen.resumed + _SHARE * seen.pause_s), quiet)
+    return min(gathered, quiet)
 
 
 def on_released(seen: Measured, is_busy: bool) -> None:
@@ -147,7 +174,9 @@ def look(seen: Measured) -> float:
     """When to look at the processors, if that matters (`watches`)."""
     if seen.output_since is None or seen.looked < seen.output_since:
         return seen.looked
-    return max(seen.looked + _LOOK_S, seen.output_since + seen.blind_s)
+    again = max(seen.looked + _LOOK_S, seen.output_since + seen.blind_s)
+    # One that sleeps with nothing due yet: what counts is whether it still does then.
+    return again if seen.asleep_since is None else max(again, earliest(seen) - _LOOK_S)
 
 
 def _is_brief(seen: Measured) -> bool:

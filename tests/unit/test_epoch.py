@@ -229,6 +229,34 @@ def test_a_full_log_brings_the_next_checkpoint_at_once() -> None:
     assert loop.next_tick() <= 1.001 and Act.CHECKPOINT in loop.tick(1.001)
 
 
+def test_a_full_log_waits_too_until_the_guest_had_its_share_of_the_time() -> None:
+    for most_paused, owed_s in ((0.5, 0.1), (0.05, 1.65)):
+        loop = EpochLoop(dataclasses.replace(PACE, most_paused=most_paused), 0.0)
+        loop.on_live_pass(1)
+        loop.on_stopped()
+        loop.on_state_begins()
+        loop.on_resumed(1.0, 10, 0, pause_s=0.1)
+        loop.on_ack(Epoch(1))
+        loop.on_filling()
+        assert Act.CHECKPOINT not in loop.tick(1.0 + owed_s - 0.001) and loop.phase is Phase.RUNNING
+        assert Act.CHECKPOINT in loop.tick(1.0 + owed_s + 0.001)
+
+
+@pytest.mark.parametrize("policy", list(Policy))
+def test_every_policy_waits_until_the_guest_had_its_share_of_the_time(policy: Policy) -> None:
+    loop = EpochLoop(dataclasses.replace(PACE, policy=policy, most_paused=0.05), 0.0)
+    loop.on_live_pass(1)
+    loop.on_stopped()
+    loop.on_state_begins()
+    loop.on_resumed(1.0, 10, 0, pause_s=0.1)
+    loop.on_ack(Epoch(1))
+    loop.on_output(1.01)
+    loop.tick(1.2)
+    loop.tick(2.64)
+    assert loop.next_tick() <= 2.651 and loop.phase is Phase.RUNNING
+    assert Act.CHECKPOINT in loop.tick(2.651)
+
+
 def test_output_is_held_for_as_long_as_nobody_grants_anything() -> None:
     loop = in_phase(Phase.HOLDING)
     acts = [act for second in range(1, 5000) for act in loop.tick(float(second))]
