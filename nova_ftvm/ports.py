@@ -125,9 +125,18 @@ class Memory(Protocol):
 
     def take_written(self) -> list[tuple[int, np.ndarray]]: ...
 
+    #: Is `protect` of use?
+    protects_at_stop: bool
+
     def begin_capture(self) -> None: ...
 
+    def protect(self) -> None:
+        """The guest's processors stand, its disks are not at rest yet: does some of `capture`'s work."""
+
     def capture(self) -> Iterator[Pages]: ...
+
+    def on_sent(self, block: int, runs: np.ndarray) -> None:
+        """These pages of the last capture went to the backup; its others are what the backup has of them already."""
 
 
 class Mirror(Pollable, Protocol):

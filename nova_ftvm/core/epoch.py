@@ -55,6 +55,8 @@ class Act(enum.Enum):
     BUFFER = enum.auto()
     #: Ask QEMU to stop the guest and save its devices.
     CHECKPOINT = enum.auto()
+    #: Protect pages that were written, where that is of use, AFTER the guest's processors stand: its disks still write.
+    PROTECT = enum.auto()
     #: End the epoch's output and disk writes here, and copy its pages: the disks are at rest, nothing changes any more.
     CAPTURE = enum.auto()
     #: Let QEMU write its device state, AFTER the capture: the guest starts when all is read.
@@ -214,9 +216,10 @@ class EpochLoop:
 
     def on_stopped(self) -> Acts:
         """QEMU's STOP event. Its disks still come to rest."""
-        if self.phase is Phase.STOPPING:
-            self.phase = Phase.STOPPED
-        return ()
+        if self.phase is not Phase.STOPPING:
+            return ()
+        self.phase = Phase.STOPPED
+        return (Act.PROTECT,)
 
     def on_state_begins(self) -> Acts:
         """The first bytes of the device state are in the gate: QEMU's processors stand and its disks are drained,

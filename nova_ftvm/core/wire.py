@@ -124,22 +124,22 @@ def encode(kind: Kind, generation: Generation, epoch: Epoch = Epoch(0), payload:
 
 
 def encode_pages(kind: Kind, generation: Generation, epoch: Epoch, pages: dirty.Pages,
-                 limit: int) -> Iterator[tuple[int, list[Buffer]]]:
-    """PRELOAD or PAGES frames, each no longer than `limit`, with the number of their pages."""
+                 limit: int) -> Iterator[tuple[np.ndarray, list[Buffer]]]:
+    """PRELOAD or PAGES frames, each no longer than `limit`, with the runs of their pages."""
     # A run costs 8 bytes beside its pages, so a frame of one-page runs is the longest.
     for part in dirty.parts(pages, (limit - HEADER_BYTES - _PAGES.size) // (PAGE + 8)):
         meta = _meta(part.block, part.runs)
-        yield dirty.count(part.runs), encode(kind, generation, epoch, (meta, part.contents.data))
+        yield part.runs, encode(kind, generation, epoch, (meta, part.contents.data))
 
 
 def encode_changes(generation: Generation, epoch: Epoch, pages: dirty.Pages, memory: delta.Memory,
-                   limit: int) -> Iterator[tuple[int, list[Buffer]]]:
+                   limit: int) -> Iterator[tuple[np.ndarray, list[Buffer]]]:
     """CHANGES frames, likewise; none for what is as it was when it went last."""
     most_pages = min(delta.AT_ONCE, (limit - HEADER_BYTES - _PAGES.size) // (PAGE + 8 + delta.MASK_BYTES))
     for part in dirty.parts(pages, most_pages):
         shrunk = memory.shrink(part)
         if len(shrunk.runs):
-            yield dirty.count(shrunk.runs), encode(Kind.CHANGES, generation, epoch, _changes(shrunk))
+            yield shrunk.runs, encode(Kind.CHANGES, generation, epoch, _changes(shrunk))
 
 
 def encode_device_changes(generation: Generation, epoch: Epoch, state: Buffer, block: int, memory: delta.Memory,

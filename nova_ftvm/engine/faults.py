@@ -18,6 +18,7 @@ class Fault(enum.Enum):
     BUFFERED = "buffered"
     BEFORE_SAVE = "before-save"
     SAVE_SENT = "save-sent"
+    PROTECTED = "protected"
     LOG_CUT = "log-cut"
     CAPTURED = "captured"
     GATE_OPEN = "gate-open"

@@ -5,17 +5,24 @@ Its disk writes have gone before, while the guest ran (diskstream.py).
 
 from collections.abc import Callable, Iterator
 
-from nova_ftvm.core import delta, wire
+import numpy as np
+
+from nova_ftvm.core import delta, dirty, wire
 from nova_ftvm.engine.capture import Checkpoint
 from nova_ftvm.types import PAGE, Buffer, Epoch, Generation
 
 Frame = list[Buffer]
+#: Pages of a RAM block: its number, and runs of them.
+Sent = Callable[[int, np.ndarray], None]
 
 
 class Freight:
     """Of one generation: what was sent before is remembered, as the backup does."""
 
-    def __init__(self, generation: Generation, blocks: int, frame_limit: int, send: Callable[[Frame], None]) -> None:
+    def __init__(self, generation: Generation, blocks: int, frame_limit: int, send: Callable[[Frame], None],
+                 on_sent: Sent = lambda block, runs: None) -> None:
+        """on_sent: told of the pages that go. Those of the epoch that do not are as the backup has them already."""
+        self._on_sent = on_sent
         self._generation = generation
         #: The device state's number: the one after the last block of RAM.
         self._state_block = blocks
@@ -31,11 +38,13 @@ class Freight:
         """Sends the pages, frame by frame."""
         self._thrifty = self._worth.is_given()
         self._pages = self._frames = self._bytes = 0
-        for pages, frame in self._ram(epoch, checkpoint):
-            self._pages += pages
-            self._send(frame)
-            self._count(frame)
-            yield
+        for pages in checkpoint.pages:
+            for runs, frame in self._frames_of(epoch, pages):
+                self._pages += dirty.count(runs)
+                self._send(frame)
+                self._count(frame)
+                self._on_sent(pages.block, runs)
+                yield
 
     def commit(self, epoch: Epoch, checkpoint: Checkpoint) -> tuple[list[Buffer], int]:
         """The device state and the COMMIT, to be sent AFTER the pages; and the bytes that the epoch takes."""
@@ -53,14 +62,12 @@ class Freight:
         self._frames += 1
         self._bytes += sum(map(len, frame))
 
-    def _ram(self, epoch: Epoch, checkpoint: Checkpoint) -> Iterator[tuple[int, Frame]]:
-        """Frames, each with the number of its pages."""
-        for pages in checkpoint.pages:
-            if self._thrifty:
-                yield from wire.encode_changes(self._generation, epoch, pages, self._sent_before, self._limit)
-            else:
-                self._sent_before.forget(pages)
-                yield from wire.encode_pages(wire.Kind.PAGES, self._generation, epoch, pages, self._limit)
+    def _frames_of(self, epoch: Epoch, pages: dirty.Pages) -> Iterator[tuple[np.ndarray, Frame]]:
+        """Frames, each with the runs of its pages."""
+        if self._thrifty:
+            return wire.encode_changes(self._generation, epoch, pages, self._sent_before, self._limit)
+        self._sent_before.forget(pages)
+        return wire.encode_pages(wire.Kind.PAGES, self._generation, epoch, pages, self._limit)
 
     def _devices(self, epoch: Epoch, checkpoint: Checkpoint) -> Iterator[Frame]:
         if self._thrifty:

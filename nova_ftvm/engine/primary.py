@@ -89,7 +89,7 @@ class PrimaryEngine:
         self._mirror = mirror
         self._disks_watched = False
         self._shallow = shallow
-        self._freight = Freight(generation, len(memory.blocks), frame_limit, self._send)
+        self._freight = Freight(generation, len(memory.blocks), frame_limit, self._send, memory.on_sent)
         self._disks = DiskStream(mirror, log_limit, generation, frame_limit, self._send)
         # An empty transaction changes nothing, and waits for the end of all disk requests; the guest runs on.
         self._copy = FirstCopy(memory, mirror, self._disks, fixed, lambda: monitor.command("transaction", actions=[]),
@@ -113,6 +113,7 @@ class PrimaryEngine:
         self._does: dict[Act, Callable[[], None]] = {
             Act.BUFFER: self._buffer,
             Act.CHECKPOINT: self._checkpoint,
+            Act.PROTECT: self._protect,
             Act.CAPTURE: self._capture,
             Act.OPEN_GATE: self._open_gate,
             Act.SHIP: self._ship,
@@ -353,10 +354,15 @@ class PrimaryEngine:
         self._precedence.take()
         self._talk.begin()
         self._selector.register(self._gate, selectors.EVENT_READ, self._on_gate)
-        # It tells of its stop, and of each disk that comes to rest.
-        self._selector.unregister(self._monitor)
-        self._next_hearing = now + _UNHEARD_S
+        if not self._memory.protects_at_stop:
+            self._ignore_monitor()
         trip(Fault.SAVE_SENT)
+
+    def _protect(self) -> None:
+        if self._memory.protects_at_stop:
+            self._memory.protect()
+            self._ignore_monitor()
+            trip(Fault.PROTECTED)
 
     def _capture(self) -> None:
         self._tell_overheard(self._loop.epoch)
@@ -476,6 +482,12 @@ class PrimaryEngine:
     def _watch_monitor(self) -> None:
         if self._next_hearing is not None and self._clock() >= self._next_hearing:
             self._listen_to_monitor()
+
+    def _ignore_monitor(self) -> None:
+        """QEMU tells of its stop, and of each disk that comes to rest: nobody acts on that before the state comes."""
+        if self._next_hearing is None:
+            self._selector.unregister(self._monitor)
+            self._next_hearing = self._clock() + _UNHEARD_S
 
     def _listen_to_monitor(self) -> None:
         if self._next_hearing is not None:

@@ -7,11 +7,13 @@ standby needs no special memory backing (doc/source/contributor/decisions/standb
 
 import dataclasses
 import re
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from nova_ftvm.core import dirty
+from nova_ftvm.core.hotpages import Budget, HotPages
 from nova_ftvm.exception import Unsupported
 from nova_ftvm.host import procmem, qmp
 from nova_ftvm.host.pagemap import Pagemap
@@ -28,6 +30,13 @@ _PIECE_PAGES = 2048
 
 #: Dirty pages of one checkpoint that the buffer takes at first; it grows by itself.
 _BUFFER_PAGES = 4096
+
+#: A look at all of the guest's memory that took longer is taken once in a pause and not twice.
+_QUICK_LOOK_S = 0.5e-3
+
+#: Written ranges above which a look while the guest runs protects by one scan of everything: the guest then finds most
+#: of its mappings gone either way, and each single range would interrupt its processors once.
+_MOST_RANGES_LIVE = 4096
 
 
 def ram_blocks(monitor: qmp.Monitor) -> list[RamBlock]:
@@ -94,7 +103,10 @@ class GuestMemory:
 
 
 class TrackedMemory(GuestMemory):
-    """The primary's RAM: also tells what was written."""
+    """The primary's RAM: also tells what was written. One scan finds and protects: the way for a guest under TCG."""
+
+    #: Is it of use to call `protect` as soon as the guest's processors stand?
+    protects_at_stop = False
 
     def __init__(self, pid: int, pidfd: int, blocks: list[RamBlock]) -> None:
         super().__init__(pid, blocks)
@@ -116,6 +128,9 @@ class TrackedMemory(GuestMemory):
         """Forgets the last capture: its pages' memory is used again."""
         self._used = 0
 
+    def protect(self) -> None:
+        """The guest's processors stand, its disks are not at rest yet: what can be done by now of `capture`."""
+
     def capture(self) -> Iterator[dirty.Pages]:
         """Copies what was written since the last capture, piece by piece: all, or the epoch is of no use.
 
@@ -124,13 +139,19 @@ class TrackedMemory(GuestMemory):
         """
         for block, written in self.take_written():
             for runs in dirty.split(written, _PIECE_PAGES):
-                contents = self._take(dirty.count(runs) * PAGE)
-                procmem.read(self.pid, dirty.ranges_of(runs, self._spots[block].start), contents)
-                yield dirty.Pages(block, runs, contents)
+                yield self._copy(block, runs)
+
+    def on_sent(self, block: int, runs: np.ndarray) -> None:
+        """These pages of the last capture went to the backup: they changed, or nobody knows whether they did."""
 
     def close(self) -> None:
         self._protection.close()
         super().close()
+
+    def _copy(self, block: int, runs: np.ndarray) -> dirty.Pages:
+        contents = self._take(dirty.count(runs) * PAGE)
+        procmem.read(self.pid, dirty.ranges_of(runs, self._spots[block].start), contents)
+        return dirty.Pages(block, runs, contents)
 
     def _take(self, length: int) -> np.ndarray:
         if self._used + length > len(self._buffer):
@@ -140,3 +161,84 @@ class TrackedMemory(GuestMemory):
         piece = self._buffer[self._used:self._used + length]
         self._used += length
         return piece
+
+
+class RangedMemory(TrackedMemory):
+    """The same for a guest under KVM: looks first, which tells nobody, then protects just what it found.
+
+    A scan that protects makes KVM forget all that the guest has mapped (host/pagemap.py), and the guest would spend its
+    time on mapping it again. In a pause the first look and its protection go on while QEMU brings the disks to rest;
+    what the disks still wrote is found by a second one. Hot pages stay unprotected (core/hotpages.py).
+    Measured: doc/source/contributor/decisions/ranged-tracking.rst.
+    """
+
+    protects_at_stop = True
+
+    def __init__(self, pid: int, pidfd: int, blocks: list[RamBlock]) -> None:
+        super().__init__(pid, pidfd, blocks)
+        budget = Budget()
+        self._hot = [HotPages(block.pages, budget) for block in blocks]
+        self._epoch = HotPages.FIRST
+        #: Pages, by block: protected since the last capture, so of the next one; and of the last one.
+        self._protected: dict[int, np.ndarray] = {}
+        self._captured: dict[int, np.ndarray] = {}
+        self._look_s = 0.0
+
+    def take_written(self) -> list[tuple[int, np.ndarray]]:
+        found = self._look()
+        if sum(len(runs) for _, runs in found) > _MOST_RANGES_LIVE:
+            return super().take_written()
+        for block, runs in found:
+            self._protect(block, runs)
+        return found
+
+    def begin_capture(self) -> None:
+        super().begin_capture()
+        for block, numbers in self._captured.items():
+            self._hot[block].learn(numbers, self._epoch)
+        self._captured = {}
+        self._epoch += 1
+
+    def protect(self) -> None:
+        if self._look_s > _QUICK_LOOK_S:
+            return
+        for block, runs in self._look():
+            # No more than a piece: the rest is protected with its copies, as a long pause must show life.
+            numbers = dirty.expand(runs)[:_PIECE_PAGES]
+            self._protect(block, dirty.compress(self._hot[block].cold(numbers)))
+            self._protected[block] = _union(self._protected.get(block), numbers)
+
+    def capture(self) -> Iterator[dirty.Pages]:
+        found = {block: dirty.expand(runs) for block, runs in self._look()}
+        protected, self._protected = self._protected, {}
+        for block in sorted(found.keys() | protected.keys()):
+            late = found.get(block, _NO_PAGES)
+            self._captured[block] = _union(protected.get(block), late)
+            for numbers in _pieces(self._captured[block]):
+                first, last = np.searchsorted(late, (numbers[0], numbers[-1] + 1))
+                self._protect(block, dirty.compress(self._hot[block].cold(late[first:last])))
+                yield self._copy(block, dirty.compress(numbers))
+
+    def on_sent(self, block: int, runs: np.ndarray) -> None:
+        self._hot[block].on_sent(dirty.expand(runs), self._epoch)
+
+    def _look(self) -> list[tuple[int, np.ndarray]]:
+        began = time.monotonic()
+        found = self._runs(self._pagemap.written)
+        self._look_s = time.monotonic() - began
+        return found
+
+    def _protect(self, block: int, runs: np.ndarray) -> None:
+        self._protection.protect(dirty.ranges_of(runs, self._spots[block].start))
+
+
+_NO_PAGES = np.empty(0, np.int64)
+
+
+def _union(some: np.ndarray | None, others: np.ndarray) -> np.ndarray:
+    return others if some is None else np.union1d(some, others)
+
+
+def _pieces(numbers: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(numbers), _PIECE_PAGES):
+        yield numbers[start:start + _PIECE_PAGES]

@@ -1,7 +1,8 @@
 """A userfaultfd of another process, for one thing: asynchronous write-protection (Linux 6.7, UFFD_FEATURE_WP_ASYNC).
 
 With it the kernel itself lifts the protection at the first write to a page, without a fault handler, and
-PAGEMAP_SCAN (pagemap.py) tells of it. It is renewed by PAGEMAP_SCAN, or range by range here. Source: Documentation/admin-guide/mm/{userfaultfd,pagemap}.rst.
+PAGEMAP_SCAN (pagemap.py) tells of it. It is renewed by PAGEMAP_SCAN, or range by range here.
+Source: Documentation/admin-guide/mm/{userfaultfd,pagemap}.rst.
 """
 
 import fcntl

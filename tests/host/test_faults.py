@@ -29,7 +29,9 @@ IN_PROMOTION = (Fault.BEFORE_LOAD, Fault.LOADED)
 #: Those of disks are in test_disk_faults.py: the guest here has none.
 OF_DISKS = (Fault.MIRROR_STARTED, Fault.DISK_SHIPPED, Fault.BEFORE_SETTLE, Fault.SETTLED)
 IN_HAND_OVER = (Fault.HANDED_OVER, Fault.ASKED)
-BY_THEMSELVES = (*ON_BACKUP, *IN_PROMOTION, *OF_DISKS, *IN_HAND_OVER, Fault.BUFFERED, Fault.BEFORE_UNBUFFER)
+#: Those of a guest under KVM are in tests/kvm.
+UNDER_KVM = (Fault.PROTECTED,)
+BY_THEMSELVES = (*ON_BACKUP, *UNDER_KVM, *IN_PROMOTION, *OF_DISKS, *IN_HAND_OVER, Fault.BUFFERED, Fault.BEFORE_UNBUFFER)
 ON_PRIMARY = tuple(fault for fault in Fault if fault not in BY_THEMSELVES)
 HOWS = ("kill", "hang", "stop")
 

@@ -1,8 +1,8 @@
 """What the tests under KVM stand on: bare-metal guests, built here, and QEMUs that run them from `-bios`.
 
-A build machine may have a KVM without vmx or svm in its processor: guest code in kernel mode is emulated there, a million
-instructions a second at most, and too slow for a Linux guest. Code in user mode (CPL 3, 64 bits) runs natively, through
-KVM's own page tables and mmu notifiers: it is all that dirty tracking needs. Each guest is one file of guest/*.S.
+A build machine may have a KVM without vmx or svm in its processor. Guest code in kernel mode is emulated there, a
+million instructions a second at most: too slow for a Linux guest. Code in user mode (CPL 3, 64 bits) runs natively,
+through KVM's own page tables and mmu notifiers: it is all that dirty tracking needs. Each guest is one of guest/*.S.
 """
 
 import fcntl

@@ -230,6 +230,9 @@ class FakeMemory:
         self.pages: dict[tuple[int, int], int] = {}
         self.written: set[tuple[int, int]] = set()
         self.writes = 0
+        #: What was done to it in pauses, and which pages went to the backup.
+        self.steps: list[str] = []
+        self.sent: list[tuple[int, list[int]]] = []
 
     def put(self, block: int, number: int, value: int) -> None:
         """The guest fills a page with a byte."""
@@ -248,9 +251,18 @@ class FakeMemory:
         numbers = dirty.expand(runs).tolist()
         return dirty.Pages(block, runs, np.repeat(np.array([self.pages[block, n] for n in numbers], np.uint8), PAGE))
 
+    protects_at_stop = False
+
     def begin_capture(self) -> None: ...
 
+    def protect(self) -> None:
+        self.steps.append("protect")
+
+    def on_sent(self, block: int, runs: np.ndarray) -> None:
+        self.sent.append((block, dirty.expand(runs).tolist()))
+
     def capture(self) -> Iterator[dirty.Pages]:
+        self.steps.append("capture")
         for block, runs in self.take_written():
             yield self.read(block, runs)
 

@@ -120,6 +120,8 @@ class Checker:
                 self.stopped = self.captured = False
             elif act is Act.BUFFER:
                 self.buffered = True
+            elif act is Act.PROTECT:
+                never(not self.stopped or self.captured, "pages are protected before the stop, or after their copy")
             elif act is Act.CAPTURE:
                 never(not self.saving or self.gate_open, "a capture of a running guest")
                 never(event != "state begins", "a capture before the disks are at rest")

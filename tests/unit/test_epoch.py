@@ -119,6 +119,11 @@ class ForgetsTheBuffers(EpochLoop):
         return tuple(act for act in super().on_live_pass(pages) if act is not Act.BUFFER)
 
 
+class ProtectsBeforeTheStop(EpochLoop):
+    def on_live_pass(self, pages: int) -> Acts:
+        return (*super().on_live_pass(pages), Act.PROTECT)
+
+
 class ComesBackAfterTheEnd(EpochLoop):
     def on_checkpoint_failed(self, why: str, now: float) -> Acts:
         self.phase = Phase.HOLDING
@@ -128,7 +133,7 @@ class ComesBackAfterTheEnd(EpochLoop):
 @pytest.mark.parametrize("broken", [
     ReleasesBeforeTheAck, ReleasesForAnyAck, LetsGoInSilence, DoesNotWaitForTheAck, ForgetsToCapture, CapturesAtTheStop,
     LetsTheDisksGoEarly, SpeaksAfterTheFence, LeavesACheckpointInTheMiddle, StopsInTheMiddle, ForgetsTheBuffers,
-    ComesBackAfterTheEnd])
+    ProtectsBeforeTheStop, ComesBackAfterTheEnd])
 def test_a_broken_loop_is_caught(broken: type[EpochLoop]) -> None:
     with pytest.raises(Broken):
         for seed in range(600):
@@ -178,8 +183,8 @@ def test_one_epoch_from_the_batch_to_the_release() -> None:
         loop.on_ack(Epoch(1)), loop.tick(1.019), loop.tick(1.021), loop.on_stopped(), loop.on_state_begins(),
         loop.on_resumed(1.03, 10, 0), loop.on_ack(Epoch(1)), loop.on_ack(Epoch(2))]
     assert [[act.name for act in acts] for acts in trace] == [
-        [], ["BUFFER", "CHECKPOINT"], [], ["CAPTURE", "OPEN_GATE", "SHIP"], ["COMMIT"],
-        ["RELEASE", "REPORT_PROTECTED"], ["BEAT"], ["CHECKPOINT"], [], ["CAPTURE", "OPEN_GATE", "SHIP"],
+        [], ["BUFFER", "CHECKPOINT"], ["PROTECT"], ["CAPTURE", "OPEN_GATE", "SHIP"], ["COMMIT"],
+        ["RELEASE", "REPORT_PROTECTED"], ["BEAT"], ["CHECKPOINT"], ["PROTECT"], ["CAPTURE", "OPEN_GATE", "SHIP"],
         ["COMMIT"], [], ["RELEASE"]]
 
 
@@ -305,7 +310,7 @@ def test_a_peer_that_is_lost_in_a_checkpoint_waits_for_its_end(phase: Phase) -> 
     rest: list[Act] = []
     for step in (loop.on_stopped, loop.on_state_begins, lambda: loop.on_resumed(0.2, 10, 0)):
         rest += step()
-    whole = [Act.CAPTURE, Act.OPEN_GATE, Act.ASK, Act.UNMIRROR]
+    whole = [Act.PROTECT, Act.CAPTURE, Act.OPEN_GATE, Act.ASK, Act.UNMIRROR]
     assert rest == whole[len(whole) - len(rest):] and rest[-2:] == [Act.ASK, Act.UNMIRROR]
     assert loop.phase is Phase.HOLDING and loop.reason == "the connection broke"
 

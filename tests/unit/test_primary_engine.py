@@ -123,6 +123,44 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     made.peer.close()
 
 
+def test_memory_that_gains_by_it_is_protected_at_the_stop_and_before_its_copy(bench: Bench) -> None:
+    bench.memory.protects_at_stop = True
+    bench.copy()
+    bench.stop_guest()
+    assert bench.memory.steps == ["protect"]
+    bench.begin_state()
+    assert bench.memory.steps == ["protect", "capture"]
+    bench.end_save()
+    bench.acknowledge(1)
+    assert bench.loop.phase is Phase.RUNNING
+
+
+def test_memory_that_gains_nothing_by_it_is_not_protected_early(bench: Bench) -> None:
+    bench.checkpoint()
+    assert bench.memory.steps == ["capture"]
+
+
+def test_a_stop_that_is_noticed_after_the_state_began_protects_nothing_early(bench: Bench) -> None:
+    bench.memory.protects_at_stop = True
+    bench.copy()
+    bench.qemu.event("STOP", 1)
+    bench.gate.fill(STATE)
+    bench.engine._on_gate()
+    bench.turn()
+    assert bench.memory.steps == ["capture"]
+    bench.end_save()
+    bench.acknowledge(1)
+    assert bench.loop.phase is Phase.RUNNING
+
+
+def test_memory_is_told_which_of_its_pages_went_to_the_backup(bench: Bench) -> None:
+    for again in (32, 33, 34):
+        bench.memory.put(0, 1, 11)
+        bench.memory.put(0, 3, again)
+        bench.checkpoint()
+    assert bench.memory.sent == [(0, [1, 3]), (0, [3])]
+
+
 def test_the_first_copy_goes_out_before_anything_is_held(bench: Bench) -> None:
     bench.copy()
     assert set(bench.peer.kinds()) == {"PRELOAD", "DISK_PRELOAD"}
