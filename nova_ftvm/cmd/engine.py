@@ -179,6 +179,8 @@ def run_backup(order: Order, control: ControlServer) -> int:
     if status != "inmigrate":
         raise InTheWay(f"the standby does not wait for its stream, it is {status}: it is a guest by now")
     blocks, disks = ram_blocks(monitor), replicas(monitor)
+    pidfd = qmp.pidfd_of(monitor)
+    life = ProcessLife(monitor.pid, pidfd)
     memory = GuestMemory(monitor.pid, blocks)
     memory.clear()
     listener = links.listen(order.address)
@@ -189,7 +191,7 @@ def run_backup(order: Order, control: ControlServer) -> int:
                             accelerator=accelerator(monitor)), memory=memory,
         disks=StandbyDisks(monitor, disks, order.path("replica.sock")), backlog_limit=order.replica_backlog_mib << 20,
         monitor=monitor, replay=Replay(monitor), listener=listener, control=control,
-        pidfd=qmp.pidfd_of(monitor), lease=lease, beat_s=order.beat_ms / 1000, frame_limit=order.frame_limit_bytes,
+        pidfd=pidfd, life=life, lease=lease, beat_s=order.beat_ms / 1000, frame_limit=order.frame_limit_bytes,
         stream_path=order.path("incoming.sock"))
     control.report("listening", port=listener.getsockname()[1])
     if engine.run():

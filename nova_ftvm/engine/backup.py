@@ -39,8 +39,8 @@ class BackupEngine:
 
     def __init__(self, *, generation: Generation, token: str, expected: wire.Hello, memory: ports.WritableMemory,
                  disks: ports.ReplicaDisks, backlog_limit: int, monitor: ports.Monitor,
-                 replay: ports.Replay, listener: socket.socket, control: ports.Control, pidfd: int, lease: Lease,
-                 beat_s: float, frame_limit: int, stream_path: str,
+                 replay: ports.Replay, listener: socket.socket, control: ports.Control, pidfd: int,
+                 life: ports.Life, lease: Lease, beat_s: float, frame_limit: int, stream_path: str,
                  clock: Callable[[], float] = time.monotonic, wall_clock: Callable[[], float] = time.time) -> None:
         """backlog_limit: bytes that may wait for the standby's disks; more than that holds the acknowledgement back."""
         self._generation = generation
@@ -54,6 +54,7 @@ class BackupEngine:
         self._in_flight = InFlight(_IN_FLIGHT_BYTES)
         self._listener = listener
         self._control = control
+        self._life = life
         self._lease = lease
         self._beat_s = beat_s
         self._limit = frame_limit
@@ -80,10 +81,12 @@ class BackupEngine:
         try:
             while self._lease.watch is not Watch.OVER and not self._failure and not self._promoted:
                 self._turn()
+            if self._failure:
+                # At once: a QEMU that dies does not answer that its exports have ended, which is waited for.
+                self._say_why()
         finally:
             self._disks.close()
         if self._failure:
-            self._say_why()
             self._control.report("failed", reason=self._failure, granted=self._lease.watch is Watch.PROMOTING)
         LOG.info("the backup's part ended: %s", "promoted" if self._promoted else self._failure or "given up")
         return self._promoted
@@ -91,8 +94,11 @@ class BackupEngine:
     def _turn(self) -> None:
         try:
             self._watch_link()
-            for key, _ in self._selector.select(self._patience()):
+            ready = self._selector.select(self._patience())
+            for key, _ in ready:
                 key.data()
+            if not ready:
+                self._watch_standby()
             self._beat()
             if self._link is None and self._lease.watch is Watch.SYNCING and self._clock() >= self._contact_deadline:
                 self._failure = f"the primary did not connect within {_FIRST_CONTACT_S:g} s"
@@ -213,6 +219,12 @@ class BackupEngine:
     def _on_monitor(self) -> None:
         self._monitor.receive()
 
+    def _watch_standby(self) -> None:
+        """Whenever nothing has come, and with every beat: a standby that dies is silent until its memory is given back,
+        and while it dumps its core it even takes pages. Epochs would be acknowledged that nobody can promote."""
+        if self._life.is_ending():
+            raise GuestGone("QEMU is ending")
+
     def _on_standby_gone(self) -> None:
         raise GuestGone("QEMU exited")
 
@@ -246,6 +258,7 @@ class BackupEngine:
     def _beat(self) -> None:
         if self._link is not None and self._clock() >= self._next_beat:
             self._next_beat = self._clock() + self._beat_s
+            self._watch_standby()
             self._say(wire.Kind.BEAT)
 
     def _say(self, kind: wire.Kind, epoch: Epoch = Epoch(0)) -> None:

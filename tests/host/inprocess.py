@@ -250,13 +250,15 @@ class Comparison:
             self._backup_disks = replicas(theirs)
             memory = GuestMemory(theirs.pid, self._backup_blocks)
             memory.clear()
+            pidfd = qmp.pidfd_of(theirs)
+            life = ProcessLife(theirs.pid, pidfd)
             self._replica = self._replica_type(theirs, self._backup_disks, self._export_path)
             backup = self._backup = TellingBackup(
                 generation=GENERATION, token=TOKEN, memory=memory, monitor=theirs, replay=NoReplay(),
                 expected=wire.Hello("pair", machine_type(theirs), tuple(self._backup_blocks),
                                     disks=tuple(self._backup_disks)),
                 listener=listener, disks=self._replica, backlog_limit=LOG_LIMIT, control=self._backup_orders,
-                pidfd=qmp.pidfd_of(theirs), beat_s=0.5, lease=Lease(GENERATION, 60.0, time.monotonic()),
+                pidfd=pidfd, life=life, beat_s=0.5, lease=Lease(GENERATION, 60.0, time.monotonic()),
                 frame_limit=LIMIT, stream_path=str(self._folder / "incoming.sock"))
 
             def serve() -> None:
@@ -271,6 +273,8 @@ class Comparison:
                 thread.join(20.0)
                 listener.close()
                 memory.close()
+                life.close()
+                os.close(pidfd)
         assert not thread.is_alive(), "the backup's engine did not end"
         return self.differences
 

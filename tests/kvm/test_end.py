@@ -154,3 +154,17 @@ def test_a_qemu_that_is_told_to_quit_is_a_planned_end(launch: Callable[..., Qemu
         assert wait_for("the backup's engine ends", pair.backup.ended)
         assert pair.backup.heard("ask_promotion") is None and pair.primary.heard("ask_degrade") is None
         assert primary.process.wait() == 0
+
+
+def test_a_standby_that_dies_is_told_before_it_gives_anything_back(launch: Callable[..., Qemu], tmp_path: Path) -> None:
+    primary, standby = pair_of(launch, tmp_path, 64)
+    with watched(standby) as signs, protected(primary, standby) as pair:
+        with held_at_its_exit(standby):
+            standby.process.send_signal(signal.SIGKILL)
+            why = pair.primary.hear("ask_degrade")["reason"]
+            assert signs() == [], "only its end told"
+        standby.kill()
+        assert why == "the backup failed: the standby ended: QEMU is ending"
+        pair.primary.grant()
+        assert wait_for("the primary's engine ends", pair.primary.ended)
+        assert primary.is_running()

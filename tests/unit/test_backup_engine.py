@@ -20,7 +20,16 @@ from nova_ftvm.engine.backup import BackupEngine
 from nova_ftvm.exception import GuestGone, ProtocolError
 from nova_ftvm.types import Disk, Epoch
 from tests.unit import test_reminders
-from tests.unit.engine_fakes import Bell, Clock, FakeControl, FakeMemory, FakeQemu, FakeReplicaDisks, Peer
+from tests.unit.engine_fakes import (
+    Bell,
+    Clock,
+    FakeControl,
+    FakeLife,
+    FakeMemory,
+    FakeQemu,
+    FakeReplicaDisks,
+    Peer,
+)
 from tests.unit.frames import (
     BLOCKS,
     DISKS,
@@ -57,7 +66,7 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.clock, self.qemu, self.memory = Clock(), FakeQemu(), FakeMemory()
         self.control, self.pidfd, self.disks = FakeControl(), Bell(), FakeReplicaDisks(DISKS)
-        self.replay = FakeReplay()
+        self.replay, self.life = FakeReplay(), FakeLife()
         self.listener = links.listen("127.0.0.1")
         self.lease = Lease(GENERATION, 0.3, self.clock.now)
         self.stream_path = str(folder / "incoming.sock")
@@ -65,7 +74,7 @@ class Bench:
             generation=GENERATION, token="token", expected=HELLO, memory=self.memory, monitor=self.qemu,
             disks=self.disks, backlog_limit=BACKLOG_LIMIT,
             replay=self.replay, listener=self.listener, control=self.control,
-            pidfd=self.pidfd.fileno(),
+            pidfd=self.pidfd.fileno(), life=self.life,
             lease=self.lease, beat_s=0.1, frame_limit=LIMIT, stream_path=self.stream_path, clock=self.clock,
             wall_clock=lambda: 1000.0)
         self.engine._patience = lambda: 0.002
@@ -297,6 +306,30 @@ def test_a_stranger_does_not_keep_the_watch_from_asking(bench: Bench) -> None:
     with socket.create_connection(bench.listener.getsockname()):
         bench.ask()
     assert bench.control.told == ["ask_promotion"]
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_standby_that_dies_in_silence_is_a_failure_within_a_beat(bench: Bench, busy: bool) -> None:
+    """While it dumps its core its memory can still be written, for seconds."""
+    peer = bench.protect()
+    bench.life.ending = True
+    if busy:
+        bench.clock.now += 0.1
+        bench.peer.raw(b"".join(epoch_frames(2, [pages([1], 12)], STATE)))
+        bench.turn(1)
+    else:
+        bench.turn()
+    told_before: list[str] = []
+    close = bench.disks.close
+
+    def told() -> None:
+        told_before.extend(peer.kinds())
+        close()
+
+    bench.disks.close = told
+    assert bench.engine.run() is False
+    assert bench.control.reports[-1]["reason"] == "the standby ended: QEMU is ending"
+    assert told_before[-1] == "BYE" and bench.lease.watch is Watch.WATCHING
 
 
 def test_a_standby_that_dies_is_a_failure(bench: Bench) -> None:
