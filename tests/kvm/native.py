@@ -36,8 +36,7 @@ class Native:
     def __init__(self, qemu: Qemu, vcpus: int = 1) -> None:
         self._qemu = qemu
         self._vcpus = vcpus
-        with qemu.monitor() as monitor:
-            self._ram = next(block for block in ram_blocks(monitor) if block.name == "pc.ram")
+        self._ram = next(block for block in ram_blocks(qemu.operator) if block.name == "pc.ram")
 
     def await_start(self) -> None:
         for processor in range(self._vcpus):
