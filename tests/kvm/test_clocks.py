@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.host.machine import Qemu, wait_for
-from tests.kvm import clocks
+from tests.kvm import clocks, machine
 from tests.kvm.checkpoints import Checkpoints, load
 from tests.kvm.clocks import EPOCH_S, Clocks, Told
 
@@ -57,10 +57,10 @@ def are_true(share: dict[str, float]) -> bool:
     return all(0.98 < value < 1.02 for value in share.values())
 
 
-@pytest.mark.parametrize(("machine", "vcpus", "deadline"), [("pc", 1, False), ("q35", 2, True)])
-def test_the_tsc_and_the_timers_go_on_through_checkpoints(launch: Launch, machine: str, vcpus: int,
+@pytest.mark.parametrize(("kind", "vcpus", "deadline"), [("pc", 1, False), ("q35", 2, True)])
+def test_the_tsc_and_the_timers_go_on_through_checkpoints(launch: Launch, kind: str, vcpus: int,
                                                           deadline: bool) -> None:
-    qemu = launch("p", clocks.rom(vcpus, deadline=deadline), machine_type=clocks.machine_type(machine), vcpus=vcpus,
+    qemu = launch("p", clocks.rom(vcpus, deadline=deadline), machine_type=clocks.machine_type(kind), vcpus=vcpus,
                   cpu=clocks.cpu("+tsc-deadline"))
     guest = Clocks(qemu)
     guest.await_start(vcpus)
@@ -82,6 +82,15 @@ def test_the_kernels_own_pit_loses_nearly_every_tick(launch: Launch) -> None:
     """So a domain without a split irqchip is seen, here and by the figures."""
     found = clocks.protected_shares(launch("p", clocks.rom(), cpu=clocks.cpu()), WINDOW_S)
     assert found["pit"] < KERNEL_PIT_SHARE, found
+
+
+def test_without_kvm_all_clocks_stand_in_the_same_pauses(launch: Launch) -> None:
+    """So a TSC that does not go on is seen."""
+    qemu = launch("t", clocks.rom(kvmclock=False), accel=machine.TCG)
+    found = clocks.protected_shares(qemu, WINDOW_S)
+    assert found["tsc"] < TSC_SHARE, found
+    assert abs(found["tsc"] - found["pit"]) < 0.03, found
+    assert stepped_back(Clocks(qemu), 1) == [(0, 0)]
 
 
 def test_the_guest_is_told_that_its_tsc_is_invariant_and_how_fast(launch: Launch) -> None:
@@ -114,11 +123,11 @@ def test_a_checkpoint_holds_the_tsc_of_its_pause(launch: Launch) -> None:
     assert ((before.tsc < numbers) & (numbers < after.tsc)).any()
 
 
-@pytest.mark.parametrize(("machine", "vcpus", "deadline"), [("pc", 1, False), ("q35", 2, True)])
-def test_after_a_promotion_no_clock_steps_back_and_timers_go_on(launch: Launch, machine: str, vcpus: int,
+@pytest.mark.parametrize(("kind", "vcpus", "deadline"), [("pc", 1, False), ("q35", 2, True)])
+def test_after_a_promotion_no_clock_steps_back_and_timers_go_on(launch: Launch, kind: str, vcpus: int,
                                                                deadline: bool) -> None:
     rom = clocks.rom(vcpus, deadline=deadline)
-    settings = {"machine_type": clocks.machine_type(machine), "vcpus": vcpus, "cpu": clocks.cpu("+tsc-deadline")}
+    settings = {"machine_type": clocks.machine_type(kind), "vcpus": vcpus, "cpu": clocks.cpu("+tsc-deadline")}
     qemu = launch("p", rom, **settings)
     standby = launch("s", rom, **settings, standby=True)
     guest = Clocks(qemu)
