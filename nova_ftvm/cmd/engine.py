@@ -22,7 +22,7 @@ from nova_ftvm.engine.capture import Conversation
 from nova_ftvm.engine.primary import PrimaryEngine
 from nova_ftvm.engine.stats import EpochLog
 from nova_ftvm.exception import FtvmError, InTheWay, Unsupported
-from nova_ftvm.host import netfilter, qmp
+from nova_ftvm.host import guestclock, netfilter, qmp
 from nova_ftvm.host.control import ControlServer
 from nova_ftvm.host.disks import (
     AttendedMonitor,
@@ -146,13 +146,15 @@ def run_primary(order: Order, control: ControlServer) -> int:
     pace = Pace(policy=Policy(order.policy), epoch_s=order.epoch_ms / 1000, ack_limit_s=order.ack_limit_ms / 1000,
                 beat_s=order.beat_ms / 1000, live_passes=order.live_passes, live_rest_pages=order.live_rest_pages,
                 most_paused=order.max_pause_percent / 100)
+    stats = EpochLog(order.path("epochs.jsonl"), guest_clock=guestclock.of(monitor),
+                     tell=lambda figures: control.tell("figures", **dataclasses.asdict(figures)))
     engine = PrimaryEngine(
         generation=order.generation, loop=EpochLoop(pace, time.monotonic()), memory=memory,
         talk=Conversation(monitor, gate, ended_mirror), monitor=monitor, gate=gate, buffers=buffers,
         mirror=mirror, fixed=read_only_contents(disks), shallow=shallow, log_limit=order.disk_log_mib << 20, link=link,
         note=note, processors=processors, precedence=precedence, control=control, pidfd=pidfd,
         life=ProcessLife(monitor.pid, pidfd),
-        watchdog=Watchdog(order.hold_limit_ms / 1000), stats=EpochLog(order.path("epochs.jsonl")),
+        watchdog=Watchdog(order.hold_limit_ms / 1000), stats=stats,
         frame_limit=order.frame_limit_bytes)
     control.report("started")
     try:

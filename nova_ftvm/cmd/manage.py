@@ -1,6 +1,7 @@
 """nova-ftvm-manage: the tables' version, and a look at the pairs. Never shows a token."""
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -10,9 +11,9 @@ from oslo_config import cfg
 from oslo_log import log
 
 from nova_ftvm.db import connect
-from nova_ftvm.db.records import Pair
+from nova_ftvm.db.records import Host, Pair
 from nova_ftvm.db.store import Store
-from nova_ftvm.types import InstanceId
+from nova_ftvm.types import InstanceId, Role
 
 _COLUMNS = ("instance_id", "state", "generation", "primary_host", "backup_host", "active_host", "reason")
 
@@ -49,19 +50,33 @@ def pair_list(conf: cfg.ConfigOpts, _: argparse.Namespace) -> int:
 
 
 def pair_show(conf: cfg.ConfigOpts, arguments: argparse.Namespace) -> int:
-    pair = Store(connect.engine(conf)).pair_of(InstanceId(arguments.instance))
+    store = Store(connect.engine(conf))
+    pair = store.pair_of(InstanceId(arguments.instance))
     if pair is None:
         print(f"Server {arguments.instance} has no pair. Its property ft:reason may say why.", file=sys.stderr)
         return 1
-    print(json.dumps(pair.public(), sort_keys=True) if arguments.json else described(pair))
+    shown = pair.public() | {"figures": figures(pair, store.host(pair.active_host))}
+    print(json.dumps(shown, sort_keys=True) if arguments.json else described(shown))
     return 0
 
 
-def described(pair: Pair) -> str:
+def figures(pair: Pair, host: Host | None) -> dict[str, Any] | None:
+    """What the pair's primary engine has counted, as its host's agent told last; None: it told nothing."""
+    if host is None:
+        return None
+    of_pair = (pair.id, Role.PRIMARY, pair.generation)
+    for engine in host.engines:
+        if (engine.pair_id, engine.role, engine.generation) == of_pair and engine.figures is not None:
+            return dataclasses.asdict(engine.figures) | {"reported_at": host.reported_at}
+    return None
+
+
+def described(shown: dict[str, Any]) -> str:
     """One line a column, times as local time."""
-    shown = pair.public() | {f"timeline.{name}": moment for name, moment in pair.timeline.items()}
-    del shown["timeline"]
-    return "\n".join(f"{name:<22} {_readable(name, value)}" for name, value in shown.items())
+    for group in ("timeline", "figures"):
+        shown = shown | {f"{group}.{name}": fact for name, fact in (shown[group] or {}).items()}
+        del shown[group]
+    return "\n".join(f"{name:<24} {_readable(name, value)}" for name, value in shown.items())
 
 
 def _readable(name: str, value: Any) -> str:

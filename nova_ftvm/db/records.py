@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nova_ftvm.core.kind import Abilities
+from nova_ftvm.core.losttime import Figures
 from nova_ftvm.types import Generation, InstanceId, PairId, PairState
 
 
@@ -69,6 +70,8 @@ class Engine:
     role: str
     generation: int
     state: str
+    #: Of a primary that has had checkpoints; an older agent tells none.
+    figures: Figures | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

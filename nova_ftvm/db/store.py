@@ -15,6 +15,7 @@ from oslo_db import api as db_api
 from oslo_db import exception as db_exception
 
 from nova_ftvm.core.kind import Abilities
+from nova_ftvm.core.losttime import Figures
 from nova_ftvm.db.records import Engine, Host, Pair, Refusal
 from nova_ftvm.db.schema import HostRow, PairRow
 from nova_ftvm.exception import FtvmError, LostRace, PairNotFound
@@ -168,7 +169,7 @@ class Store:
     def report(self, host: Host) -> None:
         """What its agent says; leaves forced_down_by_us alone."""
         said = {"capable": host.capable, "reason": host.reason, "data_address": host.data_address,
-                "reported_at": host.reported_at, "engines": [dataclasses.asdict(engine) for engine in host.engines],
+                "reported_at": host.reported_at, "engines": [_said(engine) for engine in host.engines],
                 "incarnation": host.incarnation, "since": host.since,
                 "abilities": None if host.abilities is None else host.abilities.told()}
         self._put_host(host.name, said)
@@ -224,10 +225,23 @@ def _pair(row: Any) -> Pair:
                    "refused": refused})
 
 
+def _said(engine: Engine) -> dict[str, Any]:
+    """A manager of an older release can read the row as long as there are no figures."""
+    columns = dataclasses.asdict(engine)
+    if engine.figures is None:
+        del columns["figures"]
+    return columns
+
+
+def _engine(said: Mapping[str, Any]) -> Engine:
+    """What a manager of another release wrote beside it is left out."""
+    return Engine(said["pair_id"], said["role"], said["generation"], said["state"], Figures.parse(said.get("figures")))
+
+
 def _host(row: Any) -> Host:
     return Host(name=row["host"], capable=bool(row["capable"]), reason=row["reason"],
                 data_address=row["data_address"], reported_at=row["reported_at"],
-                engines=tuple(Engine(**engine) for engine in row["engines"] or ()),
+                engines=tuple(map(_engine, row["engines"] or ())),
                 incarnation=row["incarnation"] or "", since=row["since"] or 0.0,
                 abilities=Abilities.read(row["abilities"]),
                 forced_down_by_us=bool(row["forced_down_by_us"]), forced_at=row["forced_at"])

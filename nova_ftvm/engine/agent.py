@@ -78,6 +78,8 @@ class _Watched:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.state = "starting"
+        #: Of a primary: what it has counted (core.losttime.Figures), as it said last.
+        self.figures: Report = {}
         self.port = 0
         self.listening = threading.Event()
         #: It asked for the pair: what runs here since was granted.
@@ -224,7 +226,8 @@ class Agent:
         with self._lock:
             reported = list(self._engines.values())
         engines = [{"pair_id": w.engine.pair_id, "instance_id": w.engine.instance_id, "role": w.engine.role,
-                    "generation": w.engine.generation, "state": w.state} for w in reported]
+                    "generation": w.engine.generation, "state": w.state,
+                    **({"figures": w.figures} if w.figures else {})} for w in reported]
         answer = self._manager.agent_report(self._host, {
             "capable": not self._missing, "reason": "; ".join(self._missing), "data_address": self._data_address,
             "incarnation": self._incarnation, "abilities": self._abilities.told(),
@@ -294,6 +297,10 @@ class Agent:
 
     def _on_report(self, watched: _Watched, report: Report) -> None:
         event = report["event"]
+        if event == "figures":
+            # No state: they go with the next sign of life.
+            watched.figures = {name: fact for name, fact in report.items() if name != "event"}
+            return
         watched.state = event if event != "gone" else watched.state
         handler = getattr(self, f"_on_{event}", None)
         if handler is None:

@@ -1,20 +1,26 @@
 """Checkpoint statistics for people and benchmarks: one JSON line a second, beside the guest's monitor.
 
-{"at": wall-clock s, "count": checkpoints so far,
+{"at": wall-clock s, "count": checkpoints so far, "paused_percent": the pauses' share of the time since the last line,
  "pause_ms": [...], "pages": [...], "epoch_ms": [...], "state_bytes": [...], "disk_bytes": [...], "wire_bytes": [...],
  "stop_ms": [...], "rest_ms": [...], "capture_ms": [...], "resume_ms": [...], "ship_ms": [...], "ack_ms": [...]}
 
 with one entry a committed checkpoint. epoch_ms: from one checkpoint's start to the next one's. pause_ms: by QEMU's own
 clock. The last six follow one another, see Stage.
+
+As often it tells the figures that go to the agent, and warns if a guest loses time that its clock does not get back.
 """
 
 import enum
 import json
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
 
+from nova_ftvm.core.losttime import Figures, GuestClock, LostTime
 from nova_ftvm.engine.capture import Checkpoint
+
+LOG = logging.getLogger(__name__)
 
 PERIOD_S = 1.0
 #: The file is started anew at this size, so that it never fills a disk.
@@ -41,7 +47,13 @@ class Stage(enum.StrEnum):
 class EpochLog:
     """Collects; writes at most once a second, never within a pause."""
 
-    def __init__(self, path: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, path: str, clock: Callable[[], float] = time.monotonic,
+                 guest_clock: GuestClock = GuestClock.UNKNOWN,
+                 tell: Callable[[Figures], None] = lambda figures: None) -> None:
+        """tell: takes the figures, once a second while there are checkpoints."""
+        self._guest_clock = guest_clock
+        self._tell = tell
+        self._lost = LostTime()
         self._file = open(path, "w", encoding="ascii")  # noqa: SIM115 - lives as long as the engine
         self._clock = clock
         self._count = 0
@@ -49,6 +61,8 @@ class EpochLog:
         self._began_us = 0
         self._last = clock()
         self._next_write = clock() + PERIOD_S
+        #: When the last line was written, and what was lost by then.
+        self._wrote, self._wrote_paused_s = clock(), 0.0
         self._row: dict[str, float] = {}
         self._rows: list[dict[str, float]] = []
 
@@ -66,6 +80,7 @@ class EpochLog:
     def shipped(self, checkpoint: Checkpoint, wire_bytes: int) -> None:
         """wire_bytes: what RAM and devices took on the link."""
         self.mark(Stage.SHIP)
+        self._lost.on_pause(self._last, max(0.0, checkpoint.pause_ms / 1000))
         # When it stopped only QEMU knows; by the wall clock.
         at_rest = self._row[f"{Stage.REST}_ms"]
         stop = min(max(0.0, (checkpoint.stopped_us - self._began_us) / 1000), at_rest)
@@ -88,10 +103,26 @@ class EpochLog:
             self._file.seek(0)
             self._file.truncate()
         columns: dict[str, Any] = {name: [row.get(name, 0.0) for row in self._rows] for name in self._rows[-1]}
-        self._file.write(json.dumps({"at": round(time.time(), 3), "count": self._count, **columns}) + "\n")
+        now = self._clock()
+        self._file.write(json.dumps({"at": round(time.time(), 3), "count": self._count,
+                                     "paused_percent": self._percent_since_last(now), **columns}) + "\n")
         self._file.flush()
         self._rows.clear()
-        self._next_write = self._clock() + PERIOD_S
+        self._next_write = now + PERIOD_S
+        self._tell_figures(now)
+
+    def _percent_since_last(self, now: float) -> float:
+        paused_s, passed_s = self._lost.paused_s - self._wrote_paused_s, now - self._wrote
+        self._wrote, self._wrote_paused_s = now, self._lost.paused_s
+        return round(100 * min(1.0, paused_s / passed_s), 2) if passed_s > 0 else 0.0
+
+    def _tell_figures(self, now: float) -> None:
+        share = self._lost.share(now)
+        self._tell(Figures(self._count, round(self._lost.paused_s, 3), round(100 * share, 2), self._guest_clock.value))
+        if self._guest_clock is GuestClock.STANDS and self._lost.is_news(now, share):
+            LOG.warning("the guest stood in pauses for %.1f %% of the last minute, and its clock stands in them: if no "
+                        "NTP client in it keeps up (most follow 10 %% or less), lower [engine] max_pause_percent; "
+                        "under KVM give it a processor with invtsc, whose clock goes on", 100 * share)
 
     def close(self) -> None:
         self.write()

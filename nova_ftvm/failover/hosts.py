@@ -7,6 +7,7 @@ from typing import Any
 from oslo_log import log
 
 from nova_ftvm.core.kind import Abilities
+from nova_ftvm.core.losttime import Figures
 from nova_ftvm.db.records import Engine, Host, Pair
 from nova_ftvm.db.store import Store
 from nova_ftvm.exception import LostRace
@@ -58,7 +59,8 @@ class Hosts:
     def report(self, name: str, report: dict[str, Any]) -> list[str]:
         """Keeps the report; returns the pairs whose engine on this host must be fenced."""
         engines = tuple(Engine(pair_id=engine["pair_id"], role=engine["role"], generation=engine["generation"],
-                               state=engine.get("state", "")) for engine in report.get("engines", ()))
+                               state=engine.get("state", ""), figures=Figures.parse(engine.get("figures")))
+                        for engine in report.get("engines", ()))
         now = self._clock.now()
         said = Host(name=name, capable=bool(report["capable"]), reason=report.get("reason", ""),
                     data_address=report.get("data_address", ""), incarnation=str(report.get("incarnation", "")),

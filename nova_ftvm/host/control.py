@@ -48,6 +48,10 @@ class ControlServer:
         self._last = {"event": event, **facts}
         self._send(self._last)
 
+    def tell(self, event: str, **facts: Any) -> None:
+        """As `report`, of something that is no state: it is not told again."""
+        self._send({"event": event, **facts})
+
     def farewell(self, timeout_s: float) -> None:
         """Waits until an agent has seen the last report: a promotion must not be forgotten with a restarted agent."""
         deadline = time.monotonic() + timeout_s

@@ -44,8 +44,8 @@ class ManagerApi(Protocol):
 
         report: {"capable": bool, "reason": str, "data_address": str, "incarnation": which start of the agent this is,
         "abilities": what the host's KVM can (core.kind.Abilities as dict; an older agent leaves it out),
-        "engines": [{"pair_id", "instance_id",
-        "role", "generation", "state"}]}. Answer: {"stale": [pair ids whose engine must be fenced]}.
+        "engines": [{"pair_id", "instance_id", "role", "generation", "state", "figures": core.losttime.Figures as dict,
+        left out where there are none}]}. Answer: {"stale": [pair ids whose engine must be fenced]}.
         """
 
     def request_promotion(self, pair_id: str, generation: int, host: str, evidence: str) -> dict[str, Any]:
