@@ -4,6 +4,7 @@ Implements rpc.agent.AgentApi. Never decides who may speak: it asks, and while t
 It may be restarted at any time: engines outlive it and are found again (`adopt_engines`).
 """
 
+import dataclasses
 import itertools
 import logging
 import os
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 
 from nova_ftvm.core import domain
 from nova_ftvm.core.kind import Abilities
+from nova_ftvm.core.losttime import Figures
 from nova_ftvm.exception import FtvmError, Unsupported
 from nova_ftvm.rpc.common import Failed
 from nova_ftvm.rpc.manager import ManagerClient
@@ -78,8 +80,8 @@ class _Watched:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.state = "starting"
-        #: Of a primary: what it has counted (core.losttime.Figures), as it said last.
-        self.figures: Report = {}
+        #: Of a primary: what it has counted, as it said last.
+        self.figures: Figures | None = None
         self.port = 0
         self.listening = threading.Event()
         #: It asked for the pair: what runs here since was granted.
@@ -227,7 +229,7 @@ class Agent:
             reported = list(self._engines.values())
         engines = [{"pair_id": w.engine.pair_id, "instance_id": w.engine.instance_id, "role": w.engine.role,
                     "generation": w.engine.generation, "state": w.state,
-                    **({"figures": w.figures} if w.figures else {})} for w in reported]
+                    **({"figures": dataclasses.asdict(w.figures)} if w.figures else {})} for w in reported]
         answer = self._manager.agent_report(self._host, {
             "capable": not self._missing, "reason": "; ".join(self._missing), "data_address": self._data_address,
             "incarnation": self._incarnation, "abilities": self._abilities.told(),
@@ -299,7 +301,7 @@ class Agent:
         event = report["event"]
         if event == "figures":
             # No state: they go with the next sign of life.
-            watched.figures = {name: fact for name, fact in report.items() if name != "event"}
+            watched.figures = Figures.parse(report)
             return
         watched.state = event if event != "gone" else watched.state
         handler = getattr(self, f"_on_{event}", None)
