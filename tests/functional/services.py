@@ -57,11 +57,14 @@ class FakeAgent:
     def __init__(self, connection):
         self._connection = connection
         self.capable = True
+        #: What the host's KVM can; None: the agent is too old to tell.
+        self.abilities = None
         self.promoted = set()
 
     def prepare_domain(self, context, instance_id):
         return {"monitor": f"/run/nova-ftvm/{instance_id}/monitor", "capable": self.capable,
-                "reason": "" if self.capable else "the kernel is too old"}
+                "reason": "" if self.capable else "the kernel is too old",
+                **({} if self.abilities is None else {"abilities": self.abilities.told()})}
 
     def discard_standby(self, context, instance_id):
         if instance_id in self.promoted:

@@ -5,6 +5,7 @@ from nova import context as nova_context
 from nova.tests import fixtures as nova_fixtures
 
 from nova_ftvm.core import domain
+from nova_ftvm.core.kind import Abilities, Needs
 from tests.functional import base
 
 IMAGE = nova_fixtures.GlanceFixture.image1["id"]
@@ -15,6 +16,14 @@ class ProtectedServerTest(base.CloudTestCase):
         server = self.boot(ft="true")
         xml = self.domain_on(self.host_of(server), server["id"]).XMLDesc(0)
         self.assertEqual(f"/run/nova-ftvm/{server['id']}/monitor", domain.monitor_path(xml))
+
+    def test_a_server_under_kvm_is_promised_the_tsc_of_its_host(self):
+        for agent in self.ftvm.agents.values():
+            agent.abilities = Abilities(kvm=True, tsc_hz=2_100_000_000, tsc_adjust=True)
+        server = self.boot(ft="true")
+        xml = self.domain_on(self.host_of(server), server["id"]).XMLDesc(0)
+        self.assertEqual(Needs(kvm=True, tsc_hz=2_100_000_000), domain.needs(xml))
+        self.assertEqual("", domain.obstacle(xml))
 
     def test_a_server_that_does_not_ask_boots_as_on_plain_libvirt(self):
         server = self.boot()
@@ -268,6 +277,15 @@ class BackupServerTest(base.CloudTestCase):
         self.ftvm.agents[target].capable = False
         self.back_up(server, expected="ERROR")
         self.assertIn("the kernel is too old", self.ftvm.manager.ready[0][3])
+        self.assertIsNone(self.domain_on(target, server["id"]))
+        self.assertFalse(self.claims(target))
+
+    def test_a_host_of_another_kind_refuses_the_standby_and_makes_nothing(self):
+        server = self.boot(ft="true")
+        target = next(host for host in self.HOSTS if host != self.host_of(server))
+        self.ftvm.agents[target].abilities = Abilities(kvm=False)
+        self.back_up(server, expected="ERROR")
+        self.assertIn("KVM does not work there", self.ftvm.manager.ready[0][3])
         self.assertIsNone(self.domain_on(target, server["id"]))
         self.assertFalse(self.claims(target))
 
