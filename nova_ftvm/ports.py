@@ -138,6 +138,9 @@ class Memory(Protocol):
     def on_sent(self, block: int, runs: np.ndarray) -> None:
         """These pages of the last capture went to the backup; its others are what the backup has of them already."""
 
+    def tend(self, now: float) -> None:
+        """Upkeep between two checkpoints, of a few milliseconds at most."""
+
 
 class Mirror(Pollable, Protocol):
     """The primary's disks: QEMU tells each write here before the guest learns that it is done.

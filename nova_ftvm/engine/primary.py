@@ -43,6 +43,8 @@ _UNHEARD_S = 5e-3
 #: How often the backup is told at most what came for the guest: each time wakes it up. And once soon after a release:
 #: the clients that waited for it have sent again by then.
 _TELL_S, _TELL_SOON_S = 3e-3, 1e-3
+#: The guest's memory is tended while no checkpoint is due within the first of these, and once in the second at least.
+_TEND_ROOM_S, _TEND_S = 5e-3, 1.0
 #: An epoch is on its way, and what the guest sends belongs to the next one.
 _ON_ITS_WAY = frozenset({*PAUSED, Phase.UNACKNOWLEDGED})
 #: When the guest runs, or nobody knows whether it goes on here.
@@ -82,6 +84,7 @@ class PrimaryEngine:
         self._pidfd = pidfd
         self._life = life
         self._next_life_look = clock()
+        self._tend_by = clock()
         self._watchdog = watchdog
         self._stats = stats
         self._limit = frame_limit
@@ -166,6 +169,7 @@ class PrimaryEngine:
             if self._copies():
                 self._copy_some()
             self._watch_overheard()
+            self._tend_memory()
         except GuestGone as gone:
             self._lose_qemu(gone)
         except (MirrorLost, OutputLost) as lost:
@@ -446,6 +450,12 @@ class PrimaryEngine:
         """The frame that tells of them. What is longer than the backup takes at once is not worth to be told."""
         frame = wire.encode_packets(kind, self._generation, epoch, packets)
         return frame if sum(map(len, frame)) <= self._limit else []
+
+    def _tend_memory(self) -> None:
+        now = self._clock()
+        if self._loop.phase is Phase.RUNNING and (now >= self._tend_by or self._loop.next_tick() > now + _TEND_ROOM_S):
+            self._tend_by = now + _TEND_S
+            self._memory.tend(now)
 
     # The first copy
 

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from nova_ftvm.core import dirty
+from nova_ftvm.core.coldregions import REFUSED_S, REGION, REGION_PAGES, ColdRegions
 from nova_ftvm.core.hotpages import Budget, HotPages
 from nova_ftvm.exception import Unsupported
-from nova_ftvm.host import procmem, qmp
+from nova_ftvm.host import hugepages, procmem, qmp
 from nova_ftvm.host.pagemap import Pagemap
 from nova_ftvm.host.userfault import WriteProtection
 from nova_ftvm.types import PAGE, RamBlock
@@ -33,6 +34,9 @@ _BUFFER_PAGES = 4096
 
 #: A look at all of the guest's memory that took longer is taken once in a pause and not twice.
 _QUICK_LOOK_S = 0.5e-3
+
+#: Between two huge pages that are rebuilt.
+_REBUILD_EVERY_S = 0.1
 
 #: Written ranges above which a look while the guest runs protects by one scan of everything: the guest then finds most
 #: of its mappings gone either way, and each single range would interrupt its processors once.
@@ -144,6 +148,9 @@ class TrackedMemory(GuestMemory):
     def on_sent(self, block: int, runs: np.ndarray) -> None:
         """These pages of the last capture went to the backup: they changed, or nobody knows whether they did."""
 
+    def tend(self, now: float) -> None:
+        """Between two checkpoints, the guest running: upkeep that takes a few milliseconds at most."""
+
     def close(self) -> None:
         self._protection.close()
         super().close()
@@ -176,9 +183,12 @@ class RangedMemory(TrackedMemory):
 
     def __init__(self, pid: int, pidfd: int, blocks: list[RamBlock]) -> None:
         super().__init__(pid, pidfd, blocks)
+        self._pidfd = pidfd
         budget = Budget()
         self._hot = [HotPages(block.pages, budget) for block in blocks]
         self._epoch = HotPages.FIRST
+        self._cold = [ColdRegions(block.address, block.pages) for block in blocks]
+        self._next_rebuild = 0.0
         #: Pages, by block: protected since the last capture, so of the next one; and of the last one.
         self._protected: dict[int, np.ndarray] = {}
         self._captured: dict[int, np.ndarray] = {}
@@ -194,8 +204,10 @@ class RangedMemory(TrackedMemory):
 
     def begin_capture(self) -> None:
         super().begin_capture()
+        now = time.monotonic()
         for block, numbers in self._captured.items():
             self._hot[block].learn(numbers, self._epoch)
+            self._cold[block].on_written(numbers, now)
         self._captured = {}
         self._epoch += 1
 
@@ -221,6 +233,40 @@ class RangedMemory(TrackedMemory):
 
     def on_sent(self, block: int, runs: np.ndarray) -> None:
         self._hot[block].on_sent(dirty.expand(runs), self._epoch)
+
+    def tend(self, now: float) -> None:
+        """Makes a cold region one huge page again, at most one in _REBUILD_EVERY_S."""
+        if now < self._next_rebuild:
+            return
+        self._next_rebuild = now + _REBUILD_EVERY_S
+        for block, regions in enumerate(self._cold):
+            first = regions.coldest(now)
+            if first is not None:
+                if not self._rebuild(block, first):
+                    self._next_rebuild = now + REFUSED_S
+                regions.on_rebuilt(first)
+                return
+
+    def _rebuild(self, block: int, first: int) -> bool:
+        """False: the kernel gave no huge page.
+
+        Protected pages cannot become one, so for a moment nothing tells of what is written there. It is found by what
+        the region holds, before and after: as it held no written page, before is what the backup has.
+        """
+        runs = np.array([[first, REGION_PAGES]], np.uint32)
+        ((start, end),) = dirty.ranges_of(runs, self._spots[block].start).tolist()
+        before = self.read(block, runs).contents
+        if len(self._pagemap.written(start, end)):
+            return True
+        self._protection.lift(start, end)
+        try:
+            return hugepages.collapse(self._pidfd, start, REGION)
+        finally:
+            self._protect(block, runs)
+            after = self.read(block, runs).contents
+            changed = np.flatnonzero((before != after).reshape(-1, PAGE).any(axis=1)) + first
+            if len(changed):
+                self._protected[block] = _union(self._protected.get(block), changed)
 
     def _look(self) -> list[tuple[int, np.ndarray]]:
         began = time.monotonic()

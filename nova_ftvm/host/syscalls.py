@@ -16,6 +16,7 @@ _SYSCALL.restype = ctypes.c_long
 NR_CLOSE = 3
 NR_USERFAULTFD = 323
 NR_PIDFD_GETFD = 438
+NR_PROCESS_MADVISE = 440
 
 MACHINE = platform.machine()
 

@@ -20,6 +20,7 @@ from nova_ftvm.engine.promote import promote
 from nova_ftvm.host import qmp
 from nova_ftvm.host.gate import Gate
 from nova_ftvm.host.memory import GuestMemory, RangedMemory, TrackedMemory, ram_blocks
+from nova_ftvm.host.precedence import Precedence
 from nova_ftvm.types import PAGE, RamBlock
 from tests.host.machine import Qemu, read_all
 
@@ -48,25 +49,29 @@ class Checkpoints:
             stack.callback(os.close, pidfd)
             self._gate = stack.enter_context(contextlib.closing(Gate(str(qemu.folder / "state.fifo"))))
             self._talk = Conversation(self._monitor, self._gate, lambda message: "")
-            self._memory = None
+            self._precedence = Precedence(qemu.pid)
+            stack.callback(self._precedence.leave)
+            self.memory = None
             if memory is not None:
-                self._memory = stack.enter_context(contextlib.closing(memory(qemu.pid, pidfd, self.blocks)))
+                self.memory = stack.enter_context(contextlib.closing(memory(qemu.pid, pidfd, self.blocks)))
                 self._first_copy()
             self._stack = stack.pop_all()
 
     def take(self) -> Taken:
         """One checkpoint."""
-        if self._memory is not None:
-            self._memory.begin_capture()
+        if self.memory is not None:
+            self.memory.begin_capture()
         self._talk.prepare()
+        self._precedence.take()
         self._talk.begin()
         self._await_stop()
         select.select([self._gate], [], [], _ANSWER_S)
         began = time.monotonic()
-        captured = [] if self._memory is None else list(self._memory.capture())
+        captured = [] if self.memory is None else list(self.memory.capture())
         capture_ms = (time.monotonic() - began) * 1000
         self._gate.widen()
         self._await(GuestEvent.RESUMED)
+        self._precedence.leave()
         for pages in captured:
             self._keep(pages)
         talk = self._talk.current
@@ -87,9 +92,9 @@ class Checkpoints:
         """Pages, by block, in which the copy is not what the guest's memory is now. The guest is stopped for it."""
         self._qemu.operator.command("stop")
         try:
-            assert self._memory is not None
-            self._memory.begin_capture()
-            for pages in self._memory.capture():
+            assert self.memory is not None
+            self.memory.begin_capture()
+            for pages in self.memory.capture():
                 self._keep(pages)
             now = read_all(self._qemu.pid, self.blocks)
         finally:
@@ -103,17 +108,17 @@ class Checkpoints:
         self._stack.close()
 
     def _first_copy(self) -> None:
-        assert self._memory is not None
+        assert self.memory is not None
         self.copy = [np.zeros((block.pages, PAGE), np.uint8) for block in self.blocks]
-        for block, runs in self._memory.take_existing():
+        for block, runs in self.memory.take_existing():
             for part in dirty.split(runs, 4096):
-                self._keep(self._memory.read(block, part))
+                self._keep(self.memory.read(block, part))
 
     def _await_stop(self) -> None:
         """QEMU's processors stand; the disks of a guest may not be at rest yet."""
         self._await(GuestEvent.STOPPED)
-        if self._memory is not None:
-            self._memory.protect()
+        if self.memory is not None:
+            self.memory.protect()
 
     def _await(self, wanted: GuestEvent) -> None:
         while True:
@@ -131,8 +136,8 @@ class Checkpoints:
         copy = self.copy[pages.block]
         changed = (copy[numbers] != new).any(axis=1)
         copy[numbers] = new
-        assert self._memory is not None
-        self._memory.on_sent(pages.block, dirty.compress(numbers[changed]))
+        assert self.memory is not None
+        self.memory.on_sent(pages.block, dirty.compress(numbers[changed]))
 
 
 def load(standby: Qemu, blocks: Sequence[RamBlock], copy: Sequence[np.ndarray], state: bytes) -> None:

@@ -34,7 +34,7 @@ class Native:
     """What the test says to the guest, and sees of it."""
 
     def __init__(self, qemu: Qemu, vcpus: int = 1) -> None:
-        self._qemu = qemu
+        self.qemu = qemu
         self._vcpus = vcpus
         self._ram = next(block for block in ram_blocks(qemu.operator) if block.name == "pc.ram")
 
@@ -64,16 +64,16 @@ class Native:
     def _words(self, processor: int) -> tuple[int, ...]:
         start = self._ram.address + _CONTROL + processor * PAGE
         into = np.empty(40, np.uint8)
-        procmem.read(self._qemu.pid, np.array([[start, start + 40]], np.uint64), into)
+        procmem.read(self.qemu.pid, np.array([[start, start + 40]], np.uint64), into)
         return struct.unpack("<5Q", into.tobytes())
 
     def _put(self, processor: int, word: int, value: int) -> None:
         start = self._ram.address + _CONTROL + processor * PAGE + 8 * word
-        procmem.write(self._qemu.pid, np.array([[start, start + 8]], np.uint64),
+        procmem.write(self.qemu.pid, np.array([[start, start + 8]], np.uint64),
                       np.frombuffer(struct.pack("<Q", value), np.uint8))
 
     def _lives(self) -> bool:
-        assert self._qemu.process.poll() is None, (self._qemu.folder / "qemu.log").read_text()
+        assert self.qemu.process.poll() is None, (self.qemu.folder / "qemu.log").read_text()
         return True
 
 

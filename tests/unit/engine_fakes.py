@@ -233,6 +233,7 @@ class FakeMemory:
         #: What was done to it in pauses, and which pages went to the backup.
         self.steps: list[str] = []
         self.sent: list[tuple[int, list[int]]] = []
+        self.tended: list[float] = []
 
     def put(self, block: int, number: int, value: int) -> None:
         """The guest fills a page with a byte."""
@@ -260,6 +261,9 @@ class FakeMemory:
 
     def on_sent(self, block: int, runs: np.ndarray) -> None:
         self.sent.append((block, dirty.expand(runs).tolist()))
+
+    def tend(self, now: float) -> None:
+        self.tended.append(now)
 
     def capture(self) -> Iterator[dirty.Pages]:
         self.steps.append("capture")

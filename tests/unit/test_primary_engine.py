@@ -153,6 +153,27 @@ def test_a_stop_that_is_noticed_after_the_state_began_protects_nothing_early(ben
     assert bench.loop.phase is Phase.RUNNING
 
 
+def test_memory_is_tended_between_checkpoints_only(bench: Bench) -> None:
+    bench.copy()
+    bench.stop_guest()
+    bench.begin_state()
+    bench.end_save()
+    assert bench.memory.tended == []
+    bench.acknowledge(1)
+    assert bench.memory.tended
+
+
+def test_memory_is_tended_once_a_second_though_checkpoints_leave_no_room(bench: Bench) -> None:
+    for _ in range(5):
+        bench.checkpoint()
+    first = len(bench.memory.tended)
+    assert first == 1
+    bench.clock.now += 1.0
+    bench.checkpoint()
+    bench.checkpoint()
+    assert len(bench.memory.tended) == first + 1
+
+
 def test_memory_is_told_which_of_its_pages_went_to_the_backup(bench: Bench) -> None:
     for again in (32, 33, 34):
         bench.memory.put(0, 1, 11)

@@ -1,0 +1,28 @@
+"""Makes a huge page of small ones, in another process: process_madvise(2) with MADV_COLLAPSE (Linux 6.1).
+
+The kernel refuses it for pages that are write-protected by a userfaultfd.
+Source: Documentation/admin-guide/mm/transhuge.rst.
+"""
+
+import ctypes
+import struct
+
+from nova_ftvm.exception import GuestGone
+from nova_ftvm.host.syscalls import NR_PROCESS_MADVISE, checked, libc
+
+_MADV_COLLAPSE = 25
+_IOVEC = struct.Struct("QQ")
+
+
+def collapse(pidfd: int, start: int, length: int) -> bool:
+    """False: the kernel did not, for want of a huge page for one. Raises GuestGone."""
+    where = ctypes.create_string_buffer(_IOVEC.pack(start, length), _IOVEC.size)
+    try:
+        # SAFE: one iovec, which the kernel only reads and which outlives the call; it names the other process's memory.
+        checked(libc.syscall(NR_PROCESS_MADVISE, pidfd, where, ctypes.c_size_t(1), _MADV_COLLAPSE, 0),
+                "process_madvise")
+    except ProcessLookupError as error:
+        raise GuestGone("the process whose memory it is ended") from error
+    except OSError:
+        return False
+    return True
