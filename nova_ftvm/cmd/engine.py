@@ -35,7 +35,7 @@ from nova_ftvm.host.disks import (
 )
 from nova_ftvm.host.gate import Gate
 from nova_ftvm.host.lifesigns import ProcessLife
-from nova_ftvm.host.memory import GuestMemory, TrackedMemory, ram_blocks
+from nova_ftvm.host.memory import GuestMemory, RangedMemory, TrackedMemory, ram_blocks
 from nova_ftvm.host.netbuf import OutputBuffer
 from nova_ftvm.host.note import NoteFile
 from nova_ftvm.host.precedence import NoPrecedence, Precedence
@@ -136,7 +136,7 @@ def run_primary(order: Order, control: ControlServer) -> int:
     netfilter.remove(monitor, interfaces)
     note.remove()
     pidfd = qmp.pidfd_of(monitor)
-    memory = TrackedMemory(monitor.pid, pidfd, blocks)
+    memory = tracking(accelerator(monitor))(monitor.pid, pidfd, blocks)
     buffers = OutputBuffer(monitor, interfaces)
     processors = Processors(monitor)
     mirror = DiskMirror(monitor, disks, order.path("disks.sock"), order.qemu_owner, order.disk_copy_mib_s << 20,
@@ -205,6 +205,14 @@ def run_backup(order: Order, control: ControlServer) -> int:
 def machine_type(monitor: qmp.Monitor) -> str:
     """The versioned machine type, e.g. pc-i440fx-10.0."""
     return str(monitor.command("qom-get", path="/machine", property="type")).removesuffix("-machine")
+
+
+def tracking(accelerated_by: str) -> type[TrackedMemory]:
+    """How written pages are found: what spares a guest under KVM its faults is more work for one under TCG."""
+    way = RangedMemory if accelerated_by == kind.KVM else TrackedMemory
+    LOG.info("the guest runs under %s: written pages are protected %s", accelerated_by,
+             "range by range" if way is RangedMemory else "by one scan")
+    return way
 
 
 def accelerator(monitor: qmp.Monitor) -> str:
