@@ -7,6 +7,7 @@
 # bench-quick the essential part of it, in under five minutes
 # bench-pause measures what a checkpoint's pause is made of, without an OpenStack
 # bench-idle  measures what protection costs while nothing happens, for one guest and for eight on one host
+# bench-kvm   measures what tracking costs a guest under KVM, and its clocks; needs /dev/kvm, no vmx or svm
 # bench-disk  measures what the replication of disks costs, without an OpenStack; prints a table
 # bench-manager  measures what 2,000 pairs cost the failover manager, and a failover of 200; simulated agents
 # test        lint, then all tests; takes the lab down before and after
@@ -23,7 +24,7 @@ TEST_LAB_DIR ?= /var/tmp/ftvm-lab-test
 
 export PATH := $(BIN):$(PATH)
 
-.PHONY: setup lab demo survival torture bench bench-quick bench-pause bench-idle bench-disk bench-manager test trials lint clean
+.PHONY: setup lab demo survival torture bench bench-quick bench-pause bench-idle bench-kvm bench-disk bench-manager test trials lint clean
 
 setup:
 	@lab/setup.sh
@@ -55,6 +56,9 @@ bench-pause: setup
 bench-idle: setup
 	@python -m tests.host.bench_idle --output build/bench-idle.json
 
+bench-kvm: setup
+	@python -m tests.kvm.bench --output build/bench-kvm.json
+
 bench-disk: setup
 	@python -m tests.host.bench_disk --output build/bench-disk.json
 
@@ -72,6 +76,7 @@ test: lint
 	timeout 300 $(PYTEST) tests/unit; \
 	timeout 600 $(PYTEST) tests/model; \
 	timeout 1200 $(PYTEST) tests/host; \
+	timeout 600 $(PYTEST) tests/kvm; \
 	timeout 1200 $(PYTEST) tests/functional; \
 	timeout 1800 $(PYTEST) tests/system -m "not trial"
 
