@@ -7,6 +7,7 @@ import numpy as np
 
 from nova_ftvm.core.dirty import Pages
 from nova_ftvm.core.disk import DiskWrite
+from nova_ftvm.core.kvmclock import Reason
 from nova_ftvm.core.packets import Packets
 from nova_ftvm.types import Disk, RamBlock
 
@@ -140,6 +141,24 @@ class Memory(Protocol):
 
     def tend(self, now: float) -> None:
         """Upkeep between two checkpoints, of a few milliseconds at most."""
+
+
+class ClockPlaces(Protocol):
+    """Where in QEMU's heap kvmclock's number may be. Each method but `begin` raises GuestGone, or OSError."""
+
+    #: Found so far in this pass.
+    places: list[int]
+
+    def begin(self) -> Reason | None:
+        """A pass over all of it. Why there can be none."""
+
+    def look(self, number: int) -> bool:
+        """Looks through a part, within 1 ms. Is there more to look through?"""
+
+    def read(self, place: int) -> int: ...
+
+    def write(self, place: int, number: int) -> None:
+        """Eight aligned bytes: all of them or none."""
 
 
 class Mirror(Pollable, Protocol):

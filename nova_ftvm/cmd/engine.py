@@ -19,6 +19,7 @@ from nova_ftvm.core.policy import Policy
 from nova_ftvm.engine import link as links
 from nova_ftvm.engine.backup import BackupEngine
 from nova_ftvm.engine.capture import Conversation
+from nova_ftvm.engine.clockforward import ClockForward
 from nova_ftvm.engine.primary import PrimaryEngine
 from nova_ftvm.engine.stats import EpochLog
 from nova_ftvm.exception import FtvmError, InTheWay, Unsupported
@@ -34,6 +35,7 @@ from nova_ftvm.host.disks import (
     replicas,
 )
 from nova_ftvm.host.gate import Gate
+from nova_ftvm.host.kvmclock import QemuHeap
 from nova_ftvm.host.lifesigns import ProcessLife
 from nova_ftvm.host.memory import GuestMemory, RangedMemory, TrackedMemory, ram_blocks
 from nova_ftvm.host.netbuf import OutputBuffer
@@ -83,6 +85,7 @@ class Order:
     live_rest_pages: int
     nice: int
     realtime_pauses: bool
+    forward_kvmclock: bool
     frame_limit_bytes: int
 
     @classmethod
@@ -148,9 +151,12 @@ def run_primary(order: Order, control: ControlServer) -> int:
                 most_paused=order.max_pause_percent / 100)
     stats = EpochLog(order.path("epochs.jsonl"), guest_clock=guestclock.of(monitor),
                      tell=lambda figures: control.tell("figures", **dataclasses.asdict(figures)))
+    talk = Conversation(monitor, gate, ended_mirror)
+    forwards = order.forward_kvmclock and accelerator(monitor) == kind.KVM
     engine = PrimaryEngine(
         generation=order.generation, loop=EpochLoop(pace, time.monotonic()), memory=memory,
-        talk=Conversation(monitor, gate, ended_mirror), monitor=monitor, gate=gate, buffers=buffers,
+        kvmclock=ClockForward(QemuHeap(monitor.pid, blocks), talk, gate, stats.on_kvmclock) if forwards else None,
+        talk=talk, monitor=monitor, gate=gate, buffers=buffers,
         mirror=mirror, fixed=read_only_contents(disks), shallow=shallow, log_limit=order.disk_log_mib << 20, link=link,
         note=note, processors=processors, precedence=precedence, control=control, pidfd=pidfd,
         life=ProcessLife(monitor.pid, pidfd),

@@ -62,6 +62,12 @@ OPTS = [
         help="While a guest stands still for a checkpoint, QEMU's main thread and the engine, which end that, go "
              "before whatever else runs on the host: with the lowest real-time priority. A main thread that has "
              "another scheduling policy than the usual one keeps it."),
+    cfg.BoolOpt(
+        "forward_kvmclock", default=True,
+        help="Under KVM: in each pause, sets the number that QEMU will set the guest's kvmclock to forward by what the "
+             "guest stood. It is eight bytes in the heap of the guest's QEMU (KVMClockState.clock), written from "
+             "outside, only where they are the number in the device state just saved; on any doubt no more. Off: a "
+             "guest that goes by kvm-clock, or Windows, loses what it stands."),
     cfg.IntOpt(
         "frame_limit_bytes", default=16 << 20, min=1 << 16, max=1 << 28,
         help="Longest frame that is accepted or sent."),

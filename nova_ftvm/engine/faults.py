@@ -21,6 +21,8 @@ class Fault(enum.Enum):
     PROTECTED = "protected"
     LOG_CUT = "log-cut"
     CAPTURED = "captured"
+    BEFORE_FORWARD = "before-forward"
+    FORWARDED = "forwarded"
     GATE_OPEN = "gate-open"
     BEFORE_SHIP = "before-ship"
     SHIPPED_HALF = "shipped-half"

@@ -17,6 +17,7 @@ from nova_ftvm.core.disk import DiskWrite
 from nova_ftvm.core.epoch import OVER, PAUSED, Act, Acts, EpochLoop, Phase
 from nova_ftvm.core.packets import Packets
 from nova_ftvm.engine.capture import Conversation, GuestEvent
+from nova_ftvm.engine.clockforward import NotForwarded
 from nova_ftvm.engine.diskstream import DiskStream
 from nova_ftvm.engine.faults import Fault, trip
 from nova_ftvm.engine.firstcopy import FirstCopy
@@ -64,7 +65,7 @@ class PrimaryEngine:
                  fixed: Iterator[DiskWrite], shallow: Collection[int], log_limit: int, link: Link, note: ports.Note,
                  processors: ports.Processors, precedence: ports.Precedence, control: ports.Control, pidfd: int,
                  life: ports.Life, watchdog: ports.Watchdog, stats: EpochLog, frame_limit: int,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+                 kvmclock: NotForwarded | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         """fixed: contents of the disks that nobody writes to. shallow: the disks whose replica lies on the same base.
         log_limit: bytes of disk writes that may be on their way."""
         self._generation = generation
@@ -75,6 +76,7 @@ class PrimaryEngine:
         self._gate = gate
         self._buffers = buffers
         self._link = link
+        self._kvmclock = kvmclock or NotForwarded()
         self._linked = True
         self._asks = False
         self._note = note
@@ -215,9 +217,11 @@ class PrimaryEngine:
                 self._do(self._loop.on_resumed(self._clock(), checkpoint.page_count, checkpoint.cut.bytes,
                                                checkpoint.pause_ms / 1000))
                 self._precedence.leave()
+                self._kvmclock.running(saved=True)
             elif event is GuestEvent.SAVE_FAILED:
                 self._finish_checkpoint()
                 self._precedence.leave()
+                self._kvmclock.running(saved=False)
                 self._do(self._loop.on_checkpoint_failed(self._talk.current.failure, self._clock()))
             elif event is GuestEvent.MIRROR_OVER:
                 if self._disks.open:  # Else it is we who ended it.
@@ -226,6 +230,7 @@ class PrimaryEngine:
                 self._control.report("guest_shutdown")
                 self._do(self._loop.on_guest_shutdown())
             else:
+                self._kvmclock.on_foreign_pause()
                 self._loop.on_paused(event is GuestEvent.PAUSED)
 
     def _on_gate(self) -> None:
@@ -267,6 +272,7 @@ class PrimaryEngine:
             # What has come meanwhile is the next epoch's.
             self._on_output()
             self._loop.on_released(self._loop.learns_from_processors and self._processors.asleep(), self._clock())
+            self._kvmclock.search()
 
     def _on_disks(self) -> None:
         if not self._disks.may_read(self._loop.phase, self._link.queued):
@@ -356,6 +362,7 @@ class PrimaryEngine:
         self._checkpoint_deadline = now + _CHECKPOINT_LIMIT_S
         self._watchdog.arm()
         self._precedence.take()
+        self._kvmclock.begin()
         self._talk.begin()
         self._selector.register(self._gate, selectors.EVENT_READ, self._on_gate)
         if not self._memory.protects_at_stop:
@@ -385,6 +392,7 @@ class PrimaryEngine:
         self._do(self._loop.tick(self._clock()))
 
     def _open_gate(self) -> None:
+        self._kvmclock.forward()
         self._gate.widen()
         trip(Fault.GATE_OPEN)
 

@@ -51,7 +51,7 @@ class EpochLog:
                  guest_clock: GuestClock = GuestClock.UNKNOWN,
                  tell: Callable[[Figures], None] = lambda figures: None) -> None:
         """tell: takes the figures, once a second while there are checkpoints."""
-        self._guest_clock = guest_clock
+        self._guest_clock = self._guest_clock_alone = guest_clock
         self._tell = tell
         self._lost = LostTime()
         self._file = open(path, "w", encoding="ascii")  # noqa: SIM115 - lives as long as the engine
@@ -65,6 +65,10 @@ class EpochLog:
         self._wrote, self._wrote_paused_s = clock(), 0.0
         self._row: dict[str, float] = {}
         self._rows: list[dict[str, float]] = []
+
+    def on_kvmclock(self, goes_on: bool) -> None:
+        """Is it set forward in pauses? Then whichever clock the guest takes goes on."""
+        self._guest_clock = GuestClock.GOES_ON if goes_on else self._guest_clock_alone
 
     def began(self) -> None:
         now = self._clock()

@@ -30,7 +30,7 @@ IN_PROMOTION = (Fault.BEFORE_LOAD, Fault.LOADED)
 OF_DISKS = (Fault.MIRROR_STARTED, Fault.DISK_SHIPPED, Fault.BEFORE_SETTLE, Fault.SETTLED)
 IN_HAND_OVER = (Fault.HANDED_OVER, Fault.ASKED)
 #: Those of a guest under KVM are in tests/kvm.
-UNDER_KVM = (Fault.PROTECTED,)
+UNDER_KVM = (Fault.PROTECTED, Fault.BEFORE_FORWARD, Fault.FORWARDED)
 BY_THEMSELVES = (*ON_BACKUP, *UNDER_KVM, *IN_PROMOTION, *OF_DISKS, *IN_HAND_OVER, Fault.BUFFERED, Fault.BEFORE_UNBUFFER)
 ON_PRIMARY = tuple(fault for fault in Fault if fault not in BY_THEMSELVES)
 HOWS = ("kill", "hang", "stop")

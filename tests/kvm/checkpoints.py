@@ -16,9 +16,11 @@ import numpy as np
 
 from nova_ftvm.core import dirty, stream
 from nova_ftvm.engine.capture import Conversation, GuestEvent
+from nova_ftvm.engine.clockforward import ClockForward, NotForwarded
 from nova_ftvm.engine.promote import promote
 from nova_ftvm.host import qmp
 from nova_ftvm.host.gate import Gate
+from nova_ftvm.host.kvmclock import QemuHeap
 from nova_ftvm.host.memory import GuestMemory, RangedMemory, TrackedMemory, ram_blocks
 from nova_ftvm.host.precedence import Precedence
 from nova_ftvm.types import PAGE, RamBlock
@@ -40,8 +42,10 @@ class Taken:
 class Checkpoints:
     """memory: how what was written is found; None: the guest is stopped, saved and started, and nobody looks at it."""
 
-    def __init__(self, qemu: Qemu, memory: type[TrackedMemory] | None = RangedMemory) -> None:
+    def __init__(self, qemu: Qemu, memory: type[TrackedMemory] | None = RangedMemory, *, forward: bool = False) -> None:
+        """forward: kvmclock is set forward in the pauses."""
         self._qemu = qemu
+        self.kvmclock = NotForwarded()
         with ExitStack() as stack:
             self._monitor = stack.enter_context(qemu.monitor())
             self.blocks = ram_blocks(self._monitor)
@@ -49,6 +53,8 @@ class Checkpoints:
             stack.callback(os.close, pidfd)
             self._gate = stack.enter_context(contextlib.closing(Gate(str(qemu.folder / "state.fifo"))))
             self._talk = Conversation(self._monitor, self._gate, lambda message: "")
+            if forward:
+                self.kvmclock = ClockForward(QemuHeap(qemu.pid, self.blocks), self._talk, self._gate)
             self._precedence = Precedence(qemu.pid)
             stack.callback(self._precedence.leave)
             self.memory = None
@@ -63,15 +69,19 @@ class Checkpoints:
             self.memory.begin_capture()
         self._talk.prepare()
         self._precedence.take()
+        self.kvmclock.begin()
         self._talk.begin()
         self._await_stop()
         select.select([self._gate], [], [], _ANSWER_S)
         began = time.monotonic()
         captured = [] if self.memory is None else list(self.memory.capture())
         capture_ms = (time.monotonic() - began) * 1000
+        self.kvmclock.forward()
         self._gate.widen()
         self._await(GuestEvent.RESUMED)
         self._precedence.leave()
+        self.kvmclock.running(saved=True)
+        self.kvmclock.search()
         for pages in captured:
             self._keep(pages)
         talk = self._talk.current

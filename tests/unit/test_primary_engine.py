@@ -12,6 +12,7 @@ from nova_ftvm.core.packets import Packets
 from nova_ftvm.core.policy import Policy
 from nova_ftvm.core.replica import Acknowledge, Apply, Replica
 from nova_ftvm.engine.capture import Checkpoint, Conversation
+from nova_ftvm.engine.clockforward import NotForwarded
 from nova_ftvm.engine.link import Link
 from nova_ftvm.engine.primary import PrimaryEngine
 from nova_ftvm.engine.stats import EpochLog, Stage
@@ -44,6 +45,32 @@ PAUSE_S = 0.002
 PACE = Pace(policy=Policy.FIXED, epoch_s=0.001, ack_limit_s=0.5, beat_s=0.001, live_passes=3, live_rest_pages=100)
 
 
+class FakeKvmClock(NotForwarded):
+    """`steps`: what was done, and whether QEMU could start the guest then."""
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+        self.gate_is_wide = lambda: False
+
+    def _did(self, what: str) -> None:
+        self.steps.append(what + (", the gate open" if self.gate_is_wide() else ""))
+
+    def begin(self) -> None:
+        self._did("begin")
+
+    def forward(self) -> None:
+        self._did("forward")
+
+    def running(self, saved: bool) -> None:
+        self.steps.append("saved" if saved else "failed")
+
+    def search(self) -> None:
+        self.steps.append("search")
+
+    def on_foreign_pause(self) -> None:
+        self.steps.append("foreign pause")
+
+
 class Bench:
     """An engine with its fakes, turned by hand."""
 
@@ -54,14 +81,17 @@ class Bench:
         self.buffers, self.mirror = FakeBuffer(self.qemu.sent), FakeMirror(DISKS)
         self.note, self.processors, self.life = FakeNote(self.qemu.sent), FakeProcessors(), FakeLife()
         self.precedence = FakePrecedence(self.qemu.sent)
+        self.kvmclock = FakeKvmClock()
+        self.kvmclock.gate_is_wide = lambda: self.gate.wide
         self.loop = EpochLoop(pace, self.clock.now)
         self.talk = Conversation(self.qemu, self.gate, lambda message: (
             message["event"] if message["event"].startswith("BLOCK_JOB") else ""))
         self.engine = PrimaryEngine(
             generation=GENERATION, loop=self.loop, memory=self.memory, monitor=self.qemu, gate=self.gate,
             talk=self.talk, buffers=self.buffers, mirror=self.mirror, fixed=iter([write(2, 0, b"config")]), shallow={1},
-            log_limit=LOG_LIMIT, link=Link(ours, GENERATION, LIMIT), note=self.note, processors=self.processors,
-            precedence=self.precedence, control=self.control, pidfd=self.pidfd.fileno(), life=self.life,
+            log_limit=LOG_LIMIT, kvmclock=self.kvmclock, link=Link(ours, GENERATION, LIMIT), note=self.note,
+            processors=self.processors, precedence=self.precedence, control=self.control,
+            pidfd=self.pidfd.fileno(), life=self.life,
             watchdog=self.watchdog, frame_limit=LIMIT, stats=EpochLog(str(folder / "epochs.jsonl"), self.clock),
             clock=self.clock)
         # The clock stands still, so a turn must not wait by it: only for what is on its way already.
@@ -133,6 +163,28 @@ def test_memory_that_gains_by_it_is_protected_at_the_stop_and_before_its_copy(be
     bench.end_save()
     bench.acknowledge(1)
     assert bench.loop.phase is Phase.RUNNING
+
+
+def test_the_clock_is_set_forward_after_the_capture_and_before_the_gate_opens(bench: Bench) -> None:
+    bench.kvmclock.steps = bench.memory.steps
+    bench.checkpoint()
+    assert bench.memory.steps == ["begin", "capture", "forward", "saved", "search"]
+
+
+def test_the_clock_is_told_of_a_failed_save_and_of_somebody_elses_pause(bench: Bench) -> None:
+    bench.checkpoint()
+    bench.kvmclock.steps.clear()
+    for event in ("STOP", "RESUME"):
+        bench.qemu.event(event)
+        bench.turn(1)
+    assert bench.kvmclock.steps.count("foreign pause") == 2
+    while bench.loop.phase is Phase.RUNNING:
+        bench.clock.now += 0.01
+        bench.turn(1)
+    bench.stop_guest()
+    bench.begin_state()
+    bench.end_save("no")
+    assert bench.kvmclock.steps[-1] == "failed"
 
 
 def test_memory_that_gains_nothing_by_it_is_not_protected_early(bench: Bench) -> None:
