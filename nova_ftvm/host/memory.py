@@ -89,16 +89,16 @@ class GuestMemory:
 
     def clear(self) -> None:
         """Makes every page zero."""
-        for block, runs in self._runs(self._pagemap.existing):
+        for block, runs in self._runs(self._pagemap.existing, self._spots):
             for part in dirty.split(runs, _PIECE_PAGES):
                 self.write(dirty.Pages(block, part, np.zeros(dirty.count(part) * PAGE, np.uint8)))
 
     def close(self) -> None:
         self._pagemap.close()
 
-    def _runs(self, look: Look) -> list[tuple[int, np.ndarray]]:
+    def _runs(self, look: Look, spots: list[_Spot]) -> list[tuple[int, np.ndarray]]:
         """What the look finds. Raises GuestGone."""
-        found = [(spot.index, dirty.runs_of(ranges, spot.start)) for spot in self._spots
+        found = [(spot.index, dirty.runs_of(ranges, spot.start)) for spot in spots
                  if len(ranges := look(spot.start, spot.end))]
         if not found:
             # A process that has ended has no pages, and on Linux 6.18 a look at them tells no more than that.
@@ -122,11 +122,11 @@ class TrackedMemory(GuestMemory):
 
     def take_existing(self) -> list[tuple[int, np.ndarray]]:
         """(block, runs) of all pages that exist; from now on it is seen which are written."""
-        return self._runs(self._pagemap.take_existing)
+        return self._runs(self._pagemap.take_existing, self._spots)
 
     def take_written(self) -> list[tuple[int, np.ndarray]]:
         """(block, runs) of the pages written since the last look. Their contents are not read."""
-        return self._runs(self._pagemap.take_written)
+        return self._runs(self._pagemap.take_written, self._spots)
 
     def begin_capture(self) -> None:
         """Forgets the last capture: its pages' memory is used again."""
@@ -192,10 +192,11 @@ class RangedMemory(TrackedMemory):
         #: Pages, by block: protected since the last capture, so of the next one; and of the last one.
         self._protected: dict[int, np.ndarray] = {}
         self._captured: dict[int, np.ndarray] = {}
+        self._largest = max(self._spots, key=lambda spot: spot.end - spot.start)
         self._look_s = 0.0
 
     def take_written(self) -> list[tuple[int, np.ndarray]]:
-        found = self._look()
+        found = self._look(self._spots)
         if sum(len(runs) for _, runs in found) > _MOST_RANGES_LIVE:
             return super().take_written()
         for block, runs in found:
@@ -214,21 +215,22 @@ class RangedMemory(TrackedMemory):
     def protect(self) -> None:
         if self._look_s > _QUICK_LOOK_S:
             return
-        for block, runs in self._look():
+        # The other blocks, the firmware's for the most part, are looked at by the capture alone.
+        for block, runs in self._look([self._largest]):
             # No more than a piece: the rest is protected with its copies, as a long pause must show life.
             numbers = dirty.expand(runs)[:_PIECE_PAGES]
-            self._protect(block, dirty.compress(self._hot[block].cold(numbers)))
-            self._protected[block] = _union(self._protected.get(block), numbers)
+            self._protect_cold(block, numbers)
+            self._protected[block] = _union(self._protected.get(block, _NO_PAGES), numbers)
 
     def capture(self) -> Iterator[dirty.Pages]:
-        found = {block: dirty.expand(runs) for block, runs in self._look()}
+        found = {block: dirty.expand(runs) for block, runs in self._look(self._spots)}
         protected, self._protected = self._protected, {}
         for block in sorted(found.keys() | protected.keys()):
-            late = found.get(block, _NO_PAGES)
-            self._captured[block] = _union(protected.get(block), late)
+            early, late = (which.get(block, _NO_PAGES) for which in (protected, found))
+            new = late[~_are_in(early, late)]
+            self._captured[block] = _union(early, new)
             for numbers in _pieces(self._captured[block]):
-                first, last = np.searchsorted(late, (numbers[0], numbers[-1] + 1))
-                self._protect(block, dirty.compress(self._hot[block].cold(late[first:last])))
+                self._protect_cold(block, new[slice(*np.searchsorted(new, (numbers[0], numbers[-1] + 1)))])
                 yield self._copy(block, dirty.compress(numbers))
 
     def on_sent(self, block: int, runs: np.ndarray) -> None:
@@ -266,13 +268,18 @@ class RangedMemory(TrackedMemory):
             after = self.read(block, runs).contents
             changed = np.flatnonzero((before != after).reshape(-1, PAGE).any(axis=1)) + first
             if len(changed):
-                self._protected[block] = _union(self._protected.get(block), changed)
+                self._protected[block] = _union(self._protected.get(block, _NO_PAGES), changed)
 
-    def _look(self) -> list[tuple[int, np.ndarray]]:
+    def _look(self, spots: list[_Spot]) -> list[tuple[int, np.ndarray]]:
         began = time.monotonic()
-        found = self._runs(self._pagemap.written)
+        found = self._runs(self._pagemap.written, spots)
         self._look_s = time.monotonic() - began
         return found
+
+    def _protect_cold(self, block: int, numbers: np.ndarray) -> None:
+        cold = self._hot[block].cold(numbers)
+        if len(cold):
+            self._protect(block, dirty.compress(cold))
 
     def _protect(self, block: int, runs: np.ndarray) -> None:
         self._protection.protect(dirty.ranges_of(runs, self._spots[block].start))
@@ -281,8 +288,16 @@ class RangedMemory(TrackedMemory):
 _NO_PAGES = np.empty(0, np.int64)
 
 
-def _union(some: np.ndarray | None, others: np.ndarray) -> np.ndarray:
-    return others if some is None else np.union1d(some, others)
+def _union(some: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Of ascending page numbers; most times one of them has none."""
+    return np.union1d(some, others) if len(some) and len(others) else some if len(some) else others
+
+
+def _are_in(some: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Which of the others are among some; both ascending."""
+    if not len(some):
+        return np.zeros(len(others), np.bool_)
+    return some[np.minimum(np.searchsorted(some, others), len(some) - 1)] == others
 
 
 def _pieces(numbers: np.ndarray) -> Iterator[np.ndarray]:

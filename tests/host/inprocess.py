@@ -44,7 +44,7 @@ from nova_ftvm.host.disks import (
 )
 from nova_ftvm.host.gate import Gate
 from nova_ftvm.host.lifesigns import ProcessLife
-from nova_ftvm.host.memory import GuestMemory, TrackedMemory, ram_blocks
+from nova_ftvm.host.memory import GuestMemory, RangedMemory, TrackedMemory, ram_blocks
 from nova_ftvm.host.netbuf import OutputBuffer
 from nova_ftvm.host.precedence import NoPrecedence
 from nova_ftvm.host.processors import Processors
@@ -148,6 +148,26 @@ class CopiesAtTheStop(ObservedMemory):
         return itertools.chain(self._early, super().capture())
 
 
+class ObservedRanged(RangedMemory):
+    """A guest under KVM has this; here it is for one that has disks and a network as well."""
+
+    at_stop = ObservedMemory.at_stop
+
+
+class LooksOnce(ObservedRanged):
+    """Mutation: what a disk writes after the look at the stop is not looked for."""
+
+    _looked = False
+
+    def protect(self) -> None:
+        super().protect()
+        self._looked = bool(self._protected)
+
+    def _look(self, spots: list[Any]) -> list[tuple[int, np.ndarray]]:
+        looked, self._looked = self._looked, False
+        return [] if looked else super()._look(spots)
+
+
 class StopLoop(EpochLoop):
     """Tells of each stop."""
 
@@ -214,13 +234,16 @@ class ComparingBuffer(OutputBuffer):
         super().release()
 
 
+Observed = type[ObservedMemory] | type[ObservedRanged]
+
+
 class Comparison:
     """The two engines. `run` gives what differed at a look: (RAM block, page numbers) or (disk, sector numbers).
 
     memory, mirror, replica, engine: kinds of what the engines work with, for mutations.
     """
 
-    def __init__(self, primary: Qemu, standby: Qemu, folder: Path, memory: type[ObservedMemory] = ObservedMemory, *,
+    def __init__(self, primary: Qemu, standby: Qemu, folder: Path, memory: Observed = ObservedMemory, *,
                  mirror: type[DiskMirror] = DiskMirror, replica: type[StandbyDisks] = StandbyDisks,
                  engine: type[PrimaryEngine] = PrimaryEngine, looks: int = 5, every: int = 6) -> None:
         self._primary = primary

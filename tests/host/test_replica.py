@@ -12,7 +12,16 @@ import pytest
 from nova_ftvm.core.epoch import Phase
 from tests.host.conftest import CHURN, Launch
 from tests.host.images import MIB, Image, Shape, can_be_slowed, fill, slow_disk
-from tests.host.inprocess import Comparison, CopiesAtTheStop, LooksAtTheStop, LosesAPage, ObservedMemory
+from tests.host.inprocess import (
+    Comparison,
+    CopiesAtTheStop,
+    LooksAtTheStop,
+    LooksOnce,
+    LosesAPage,
+    Observed,
+    ObservedMemory,
+    ObservedRanged,
+)
 from tests.host.machine import Network, Qemu, Session, guest_folder
 
 PC = {"work": CHURN, "machine_type": "pc", "vcpus": 1}
@@ -87,22 +96,26 @@ def busy_disk(request: pytest.FixtureRequest, launch: Launch, image_folder: Path
         yield primary, standby
 
 
-def test_the_replica_equals_the_primarys_ram_at_every_look(launch: Launch, network: Network, tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory", [ObservedMemory, ObservedRanged])
+def test_the_replica_equals_the_primarys_ram_at_every_look(launch: Launch, network: Network, tmp_path: Path,
+                                                           memory: Observed) -> None:
     primary, standby = launch("p", **PC), launch("b", **PC, standby=True)
     primary.await_boot()
-    compares_whole(Comparison(primary, standby, tmp_path, looks=LOOKS), network)
+    compares_whole(Comparison(primary, standby, tmp_path, memory, looks=LOOKS), network)
     primary.await_sound("churn")
     assert primary.is_running()
 
 
 @slowed
-@pytest.mark.parametrize("busy_disk", [DIRECT, CACHED], ids=["direct", "cached"], indirect=True)
+@pytest.mark.parametrize(("busy_disk", "memory"), [
+    (DIRECT, ObservedMemory), (CACHED, ObservedMemory), (DIRECT, ObservedRanged), (CACHED, ObservedRanged)],
+    ids=["direct", "cached", "direct-ranged", "cached-ranged"], indirect=["busy_disk"])
 def test_the_replica_equals_the_primarys_ram_while_a_disk_transfers(busy_disk: tuple[Qemu, Qemu], network: Network,
-                                                                    tmp_path: Path) -> None:
+                                                                    tmp_path: Path, memory: Observed) -> None:
     """Also at the first epoch: a transfer that began before a pass of the first copy may end after its pages were
     copied."""
     primary, standby = busy_disk
-    compares_whole(Comparison(primary, standby, tmp_path, looks=LOOKS), network)
+    compares_whole(Comparison(primary, standby, tmp_path, memory, looks=LOOKS), network)
     primary.await_sound("churn")
     primary.await_sound("reads vda")
 
@@ -123,9 +136,10 @@ def test_a_lost_page_is_seen(launch: Launch, tmp_path: Path) -> None:
 
 
 @slowed
-@pytest.mark.parametrize(("mutation", "busy_disk"), [(LooksAtTheStop, CACHED), (CopiesAtTheStop, DIRECT)],
-                         ids=["looks-at-the-stop", "copies-at-the-stop"], indirect=["busy_disk"])
-def test_a_capture_that_does_not_mind_the_disks_is_seen(mutation: type[ObservedMemory], busy_disk: tuple[Qemu, Qemu],
+@pytest.mark.parametrize(("mutation", "busy_disk"), [
+    (LooksAtTheStop, CACHED), (CopiesAtTheStop, DIRECT), (LooksOnce, CACHED)],
+    ids=["looks-at-the-stop", "copies-at-the-stop", "looks-once"], indirect=["busy_disk"])
+def test_a_capture_that_does_not_mind_the_disks_is_seen(mutation: Observed, busy_disk: tuple[Qemu, Qemu],
                                                         tmp_path: Path) -> None:
     """So the disks above are busy when the guest is stopped."""
     sees_a_difference(Comparison(*busy_disk, tmp_path, mutation, looks=40, every=4))

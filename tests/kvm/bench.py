@@ -49,9 +49,9 @@ class TimedRanged(RangedMemory):
         super().begin_capture()
         self.scan_s = self.copy_s = 0.0
 
-    def _look(self) -> list[tuple[int, np.ndarray]]:
+    def _look(self, spots: list[Any]) -> list[tuple[int, np.ndarray]]:
         with self._timed("scan_s"):
-            return super()._look()
+            return super()._look(spots)
 
     def _protect(self, block: int, runs: np.ndarray) -> None:
         with self._timed("scan_s"):
