@@ -11,7 +11,17 @@ from nova_ftvm.exception import GuestGone
 from nova_ftvm.host.syscalls import NR_PROCESS_MADVISE, checked, libc
 
 _MADV_COLLAPSE = 25
+_SETTING = "/sys/kernel/mm/transparent_hugepage/enabled"
 _IOVEC = struct.Struct("QQ")
+
+
+def are_allowed(setting: str = _SETTING) -> bool:
+    """Has the host's administrator not forbidden them? MADV_COLLAPSE itself does not ask."""
+    try:
+        with open(setting) as file:
+            return "[never]" not in file.read()
+    except FileNotFoundError:
+        return False
 
 
 def collapse(pidfd: int, start: int, length: int) -> bool:

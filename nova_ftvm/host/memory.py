@@ -6,6 +6,7 @@ standby needs no special memory backing (doc/source/contributor/decisions/standb
 """
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -188,7 +189,7 @@ class RangedMemory(TrackedMemory):
         self._hot = [HotPages(block.pages, budget) for block in blocks]
         self._epoch = HotPages.FIRST
         self._cold = [ColdRegions(block.address, block.pages) for block in blocks]
-        self._next_rebuild = 0.0
+        self._next_rebuild = 0.0 if hugepages.are_allowed() else math.inf
         #: Pages, by block: protected since the last capture, so of the next one; and of the last one.
         self._protected: dict[int, np.ndarray] = {}
         self._captured: dict[int, np.ndarray] = {}

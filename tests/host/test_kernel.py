@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from nova_ftvm.exception import GuestGone, Unsupported
-from nova_ftvm.host import probe, procmem, ptrace
+from nova_ftvm.host import hugepages, probe, procmem, ptrace
 from nova_ftvm.host.gate import Gate
 from nova_ftvm.host.pagemap import Pagemap
 from nova_ftvm.host.syscalls import NR_CLOSE
@@ -258,6 +258,19 @@ def test_protecting_the_memory_of_a_process_that_ended_is_a_guest_that_is_gone(m
     mapper.end_it()
     with pytest.raises(GuestGone):
         protection.protect(np.array([[mapper.start, mapper.end]], np.uint64))
+
+
+@pytest.mark.parametrize(("text", "allowed"), [
+    ("[always] madvise never\n", True), ("always [madvise] never\n", True), ("always madvise [never]\n", False)])
+def test_huge_pages_are_made_where_the_administrator_has_not_forbidden_them(text: str, allowed: bool,
+                                                                            tmp_path: Path) -> None:
+    setting = tmp_path / "enabled"
+    setting.write_text(text)
+    assert hugepages.are_allowed(str(setting)) is allowed
+
+
+def test_a_kernel_without_huge_pages_allows_none(tmp_path: Path) -> None:
+    assert not hugepages.are_allowed(str(tmp_path / "nothing"))
 
 
 def test_a_transfer_that_is_under_way_marks_its_pages_when_it_begins_and_not_when_it_ends(tmp_path: Path) -> None:
