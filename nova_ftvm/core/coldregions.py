@@ -17,6 +17,8 @@ REGION_PAGES = REGION // PAGE
 COLD_S = 60.0
 #: The kernel may have no huge page to give: then nothing is rebuilt for this time.
 REFUSED_S = 60.0
+#: A page of the region was in use elsewhere: it is tried again after this time.
+BUSY_S = 1.0
 _WHOLE = np.float64(np.inf)
 
 
@@ -44,4 +46,11 @@ class ColdRegions:
 
     def on_rebuilt(self, first_page: int) -> None:
         """It is whole again, or cannot be made so: either way not looked at before it is written again."""
-        self._written_at[(first_page - self._before) // REGION_PAGES] = _WHOLE
+        self._written_at[self._region(first_page)] = _WHOLE
+
+    def on_busy(self, first_page: int, now: float) -> None:
+        """It could not be rebuilt just now."""
+        self._written_at[self._region(first_page)] = now - COLD_S + BUSY_S
+
+    def _region(self, first_page: int) -> int:
+        return (first_page - self._before) // REGION_PAGES

@@ -5,6 +5,8 @@ Source: Documentation/admin-guide/mm/transhuge.rst.
 """
 
 import ctypes
+import enum
+import errno
 import struct
 
 from nova_ftvm.exception import GuestGone
@@ -13,6 +15,21 @@ from nova_ftvm.host.syscalls import NR_PROCESS_MADVISE, checked, libc
 _MADV_COLLAPSE = 25
 _SETTING = "/sys/kernel/mm/transparent_hugepage/enabled"
 _IOVEC = struct.Struct("QQ")
+
+
+class Collapse(enum.Enum):
+    """What became of it."""
+
+    DONE = enum.auto()
+    #: A page was in use elsewhere just then: it may work in a moment.
+    BUSY = enum.auto()
+    #: The kernel has no huge page to give.
+    NO_MEMORY = enum.auto()
+    #: Not this memory.
+    IMPOSSIBLE = enum.auto()
+
+
+_OUTCOMES = {errno.EAGAIN: Collapse.BUSY, errno.EBUSY: Collapse.NO_MEMORY, errno.ENOMEM: Collapse.NO_MEMORY}
 
 
 def are_allowed(setting: str = _SETTING) -> bool:
@@ -24,8 +41,8 @@ def are_allowed(setting: str = _SETTING) -> bool:
         return False
 
 
-def collapse(pidfd: int, start: int, length: int) -> bool:
-    """False: the kernel did not, for want of a huge page for one. Raises GuestGone."""
+def collapse(pidfd: int, start: int, length: int) -> Collapse:
+    """Makes the pages there huge ones, within some milliseconds. Raises GuestGone."""
     where = ctypes.create_string_buffer(_IOVEC.pack(start, length), _IOVEC.size)
     try:
         # SAFE: one iovec, which the kernel only reads and which outlives the call; it names the other process's memory.
@@ -33,6 +50,6 @@ def collapse(pidfd: int, start: int, length: int) -> bool:
                 "process_madvise")
     except ProcessLookupError as error:
         raise GuestGone("the process whose memory it is ended") from error
-    except OSError:
-        return False
-    return True
+    except OSError as error:
+        return _OUTCOMES.get(error.errno or 0, Collapse.IMPOSSIBLE)
+    return Collapse.DONE

@@ -245,13 +245,17 @@ class RangedMemory(TrackedMemory):
         for block, regions in enumerate(self._cold):
             first = regions.coldest(now)
             if first is not None:
-                if not self._rebuild(block, first):
+                outcome = self._rebuild(block, first)
+                if outcome is hugepages.Collapse.BUSY:
+                    regions.on_busy(first, now)
+                else:
+                    regions.on_rebuilt(first)
+                if outcome is hugepages.Collapse.NO_MEMORY:
                     self._next_rebuild = now + REFUSED_S
-                regions.on_rebuilt(first)
                 return
 
-    def _rebuild(self, block: int, first: int) -> bool:
-        """False: the kernel gave no huge page.
+    def _rebuild(self, block: int, first: int) -> hugepages.Collapse:
+        """Makes the region one huge page, unless it was written just now.
 
         Protected pages cannot become one, so for a moment nothing tells of what is written there. It is found by what
         the region holds, before and after: as it held no written page, before is what the backup has.
@@ -260,7 +264,7 @@ class RangedMemory(TrackedMemory):
         ((start, end),) = dirty.ranges_of(runs, self._spots[block].start).tolist()
         before = self.read(block, runs).contents
         if len(self._pagemap.written(start, end)):
-            return True
+            return hugepages.Collapse.BUSY
         self._protection.lift(start, end)
         try:
             return hugepages.collapse(self._pidfd, start, REGION)

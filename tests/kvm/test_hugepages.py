@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nova_ftvm.core.coldregions import COLD_S, REGION
+from nova_ftvm.core.coldregions import COLD_S, REFUSED_S, REGION
 from nova_ftvm.host import hugepages
+from nova_ftvm.host.hugepages import Collapse
 from nova_ftvm.host.memory import RangedMemory
 from tests.host.machine import Qemu, wait_for
 from tests.kvm import native
@@ -38,8 +39,8 @@ def guest(launch: Launch) -> Native:
 
 
 def tend_all(checkpoints: Checkpoints) -> None:
-    """As if all that was written so far were cold, and there were time for all of it."""
-    for round_number in range(2 * REGIONS):
+    """As if all that was written so far were cold, and there were time for all of it, and for what is busy at first."""
+    for round_number in range(4 * REGIONS):
         checkpoints.memory.tend(time.monotonic() + COLD_S + 1 + round_number)
 
 
@@ -66,7 +67,7 @@ class WritesInBetween(RangedMemory):
     guest: Native
     in_between = 0
 
-    def _rebuild(self, block: int, first: int) -> bool:
+    def _rebuild(self, block: int, first: int) -> Collapse:
         written = self.guest.written()
         lift = self._protection.lift
 
@@ -86,7 +87,7 @@ class WritesInBetween(RangedMemory):
 class ForgetsInBetween(WritesInBetween):
     """Mutation: what was written in between is not looked for."""
 
-    def _rebuild(self, block: int, first: int) -> bool:
+    def _rebuild(self, block: int, first: int) -> Collapse:
         rebuilt = super()._rebuild(block, first)
         self._protected.clear()
         return rebuilt
@@ -128,10 +129,19 @@ def test_no_page_is_missed_while_regions_are_rebuilt_all_the_time(guest: Native,
 def test_a_kernel_that_gives_no_huge_page_is_not_asked_again_for_a_while(guest: Native,
                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(hugepages, "collapse", lambda pidfd, start, length: bool(asked.append(start)))
+
+    def collapse(pidfd: int, start: int, length: int) -> Collapse:
+        asked.append(start)
+        return Collapse.NO_MEMORY
+
+    monkeypatch.setattr(hugepages, "collapse", collapse)
     with contextlib.closing(Checkpoints(guest.qemu)) as checkpoints:
         guest.ask_for(20 * REGIONS)
         checkpoints.run(0.3, 0.02)
-        tend_all(checkpoints)
+        now = time.monotonic() + COLD_S + 1
+        for second in range(int(REFUSED_S)):
+            checkpoints.memory.tend(now + second)
         assert len(asked) == 1
+        checkpoints.memory.tend(now + REFUSED_S)
+        assert len(asked) == 2
         assert checkpoints.missed() == {}

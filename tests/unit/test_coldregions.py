@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from nova_ftvm.core.coldregions import COLD_S, REGION, REGION_PAGES, ColdRegions
+from nova_ftvm.core.coldregions import BUSY_S, COLD_S, REGION, REGION_PAGES, ColdRegions
 from nova_ftvm.types import PAGE
 
 ALIGNED = 7 * REGION
@@ -42,6 +42,17 @@ def test_a_rebuilt_region_that_is_written_again_is_rebuilt_again() -> None:
     regions.on_rebuilt(0)
     regions.on_written(pages(6), 500.0)
     assert regions.coldest(500.0 + COLD_S) == 0
+
+
+def test_a_busy_region_is_tried_again_in_a_moment_and_others_meanwhile() -> None:
+    regions = ColdRegions(ALIGNED, 4 * REGION_PAGES)
+    regions.on_written(pages(5, REGION_PAGES), 10.0)
+    assert regions.coldest(500.0) == 0
+    regions.on_busy(0, 500.0)
+    assert regions.coldest(500.0) == REGION_PAGES
+    regions.on_rebuilt(REGION_PAGES)
+    assert regions.coldest(500.0 + BUSY_S - 0.1) is None
+    assert regions.coldest(500.0 + BUSY_S + 0.1) == 0
 
 
 @pytest.mark.parametrize("before", [1, 511])
