@@ -29,8 +29,8 @@ _NAME, _BEFORE_NAME = b"\x08kvmclock\0", 5
 MOST_PASSES, PROOFS = 3, 3
 #: The two clocks' readings lie so far apart at most, ns, and run apart by so much of the time at most.
 _SLACK_NS, _DRIFT = 100_000, 500e-6
-#: Pauses in a row that cost the clock more time than we know of, before that is no accident.
-_MOST_STRIKES = 10
+#: Pauses that cost the clock more time than we know of, before that is no accident; a hundred good ones forgive them.
+_MOST_STRIKES, _FORGIVING = 10, 100
 
 
 def saved(state: bytes | bytearray) -> list[int]:
@@ -82,7 +82,7 @@ class Forwarding:
         self.place = 0
         #: The last epoch's number: until the next pause that is what the place has.
         self.number: int | None = None
-        self._passes = self._proofs = self._strikes = 0
+        self._passes = self._proofs = self._strikes = self._good = 0
         #: What the clock is ahead of the host's, on the line; None: anchored at the next pause.
         self._anchor: int | None = None
         #: The most that the clock can have lost since it was on the line.
@@ -90,6 +90,9 @@ class Forwarding:
         #: When it was on the line.
         self._on_line = 0
         self._written = 0
+        #: What the last pause wrote over, and when the guest was seen to run on; None: nothing, or nobody can say.
+        self._replaced: int | None = None
+        self._runs_since = 0
         #: The beginning of what was not counted into `_lost` by now.
         self._began = 0
         #: This pause's number.
@@ -116,16 +119,17 @@ class Forwarding:
 
     def on_foreign_pause(self) -> None:
         """Somebody else stopped the guest, or started it: what the clock lost by that stays lost."""
-        self._anchor = None
+        self._anchor = self._replaced = None
 
     def on_saved(self, now: int, number: int, found: int) -> int | None:
         """The guest stands. number: in this pause's state; found: at the place. What to write there, if anything."""
         self._seen = number
-        self._count(now)
         if found != number:
             self.stop(Reason.DIFFERS)
-        elif number < self._written:
+        elif self._had_no_effect(number):
             self.stop(Reason.NO_EFFECT)
+        self._replaced = None
+        self._count(now)
         if self.phase is Phase.PROVING:
             self._prove()
             return None
@@ -133,13 +137,15 @@ class Forwarding:
 
     def on_late(self) -> None:
         """The number did not come in time: this pause stays lost until the next one."""
+        self._replaced = None
         self._strike(Reason.LATE)
 
     def on_running(self, now: int, numbers: Sequence[int] | None) -> None:
         """The guest runs. numbers: of the whole state; None: the checkpoint failed."""
         self._count(now)
-        self.number = None
+        self.number, self._runs_since = None, now
         if numbers is None:
+            self._replaced = None
             return
         if len(numbers) != 1:
             self.stop(Reason.SAVED_TWICE if numbers else Reason.NOT_SAVED)
@@ -158,7 +164,7 @@ class Forwarding:
             self._anchor_at(now, number)
             return None
         step = self._anchor + now - number
-        slack = _SLACK_NS + int(_DRIFT * (now - self._on_line))
+        slack = self._slack(now)
         if step <= 0:
             if step < -slack:
                 self.stop(Reason.AHEAD)
@@ -167,15 +173,33 @@ class Forwarding:
             self._strike(Reason.TOO_FAR)
             self._anchor_at(now, number)
             return None
-        self._strikes, self._lost, self._on_line = 0, 0, now
-        self._written = number + step
+        self._forgive()
+        self._lost, self._on_line = 0, now
+        self._replaced, self._written = number, number + step
         return self._written
+
+    def _had_no_effect(self, number: int) -> bool:
+        """Did the clock go on from what was there before the last write? One that somebody paused is farther back."""
+        if number < self._written:
+            return True
+        if self._replaced is None:
+            return False
+        ran = self._began - self._runs_since
+        return self._replaced <= number - ran + self._slack(self._began) < self._written
+
+    def _slack(self, now: int) -> int:
+        return _SLACK_NS + int(_DRIFT * (now - self._on_line))
 
     def _anchor_at(self, now: int, number: int) -> None:
         self._anchor, self._lost, self._on_line = number - now, 0, now
 
+    def _forgive(self) -> None:
+        self._good += 1
+        if self._good >= _FORGIVING:
+            self._strikes = 0
+
     def _strike(self, reason: Reason) -> None:
-        self._strikes += 1
+        self._strikes, self._good = self._strikes + 1, 0
         if self._strikes >= _MOST_STRIKES:
             self.stop(reason)
 

@@ -64,6 +64,14 @@ class Guest:
         self.now += ns
         self.number += ns
 
+    def pause_from_within(self, ns: int) -> int | None:
+        """From the stop to the start."""
+        self.saved = self.number
+        self.now += ns
+        wrote = self.what.on_saved(self.now, self.saved, self.saved)
+        self.number = self.number if wrote is None else wrote
+        return wrote
+
     def pause(self, ns: int, found: int | None = None, numbers: Sequence[int] | None = ()) -> int | None:
         """One checkpoint; what was written."""
         self.what.on_began(self.now)
@@ -167,6 +175,35 @@ def test_a_clock_that_does_not_go_on_from_what_was_written_is_left_alone(guest: 
     guest.number = wrote - 1
     assert guest.pause(MS) is None
     refused(guest, Reason.NO_EFFECT)
+
+
+@pytest.mark.parametrize("latency", [0, 300 * US, 3 * MS])
+def test_writes_that_change_nothing_end_it(guest: Guest, latency: int) -> None:
+    """latency: from what QEMU does to when the engine sees it."""
+    pauses = 0
+    while not guest.what.reason and pauses < 200:
+        pauses += 1
+        guest.run(10 * MS)
+        guest.what.on_began(guest.now)
+        guest.run(latency)
+        standing, guest.now = guest.number, guest.now + MS
+        guest.what.on_saved(guest.now, standing, standing)
+        guest.now += MS
+        guest.run(latency)
+        guest.what.on_running(guest.now, [standing])
+    assert guest.what.reason in (Reason.NO_EFFECT, Reason.TOO_FAR)
+    assert pauses <= (3 if latency < MS else 60)
+
+
+def test_writes_with_an_effect_do_not_end_it_whatever_the_latency(guest: Guest) -> None:
+    for _ in range(200):
+        guest.run(10 * MS)
+        guest.what.on_began(guest.now)
+        guest.run(3 * MS)
+        wrote = guest.pause_from_within(MS)
+        guest.run(3 * MS)
+        guest.what.on_running(guest.now, [guest.saved])
+        assert wrote is not None and guest.what.reason is None
 
 
 def test_a_clock_that_is_ahead_is_left_alone(guest: Guest) -> None:
