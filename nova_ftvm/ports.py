@@ -139,6 +139,9 @@ class Memory(Protocol):
     def on_sent(self, block: int, runs: np.ndarray) -> None:
         """These pages of the last capture went to the backup; its others are what the backup has of them already."""
 
+    def end_capture(self) -> None:
+        """AFTER `on_sent` told of all."""
+
     def tend(self, now: float) -> None:
         """Upkeep between two checkpoints, of a few milliseconds at most."""
 

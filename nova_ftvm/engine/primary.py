@@ -422,6 +422,7 @@ class PrimaryEngine:
         self._send(frames)
         trip(Fault.SHIPPED)
         self._stats.shipped(checkpoint, shipped)
+        self._memory.end_capture()
 
     def _fence(self) -> None:
         """QEMU ends here and now: an agent that dies meanwhile would never hear of it, and the guest would run on."""

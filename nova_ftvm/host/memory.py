@@ -149,6 +149,9 @@ class TrackedMemory(GuestMemory):
     def on_sent(self, block: int, runs: np.ndarray) -> None:
         """These pages of the last capture went to the backup: they changed, or nobody knows whether they did."""
 
+    def end_capture(self) -> None:
+        """AFTER `on_sent` told of all: what can be learned of the epoch is learned, the guest running."""
+
     def tend(self, now: float) -> None:
         """Between two checkpoints, the guest running: upkeep that takes a few milliseconds at most."""
 
@@ -206,11 +209,6 @@ class RangedMemory(TrackedMemory):
 
     def begin_capture(self) -> None:
         super().begin_capture()
-        now = time.monotonic()
-        for block, numbers in self._captured.items():
-            self._hot[block].learn(numbers, self._epoch)
-            self._cold[block].on_written(numbers, now)
-        self._captured = {}
         self._epoch += 1
 
     def protect(self) -> None:
@@ -233,6 +231,13 @@ class RangedMemory(TrackedMemory):
             for numbers in _pieces(self._captured[block]):
                 self._protect_cold(block, new[slice(*np.searchsorted(new, (numbers[0], numbers[-1] + 1)))])
                 yield self._copy(block, dirty.compress(numbers))
+
+    def end_capture(self) -> None:
+        now = time.monotonic()
+        for block, numbers in self._captured.items():
+            self._hot[block].learn(numbers, self._epoch)
+            self._cold[block].on_written(numbers, now)
+        self._captured = {}
 
     def on_sent(self, block: int, runs: np.ndarray) -> None:
         self._hot[block].on_sent(dirty.expand(runs), self._epoch)

@@ -84,6 +84,8 @@ class Checkpoints:
         self.kvmclock.search()
         for pages in captured:
             self._keep(pages)
+        if self.memory is not None:
+            self.memory.end_capture()
         talk = self._talk.current
         return Taken(talk.pause_ms, capture_ms, sum(pages.count for pages in captured), bytes(talk.state))
 

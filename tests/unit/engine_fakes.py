@@ -234,6 +234,7 @@ class FakeMemory:
         self.steps: list[str] = []
         self.sent: list[tuple[int, list[int]]] = []
         self.tended: list[float] = []
+        self.ended = 0
 
     def put(self, block: int, number: int, value: int) -> None:
         """The guest fills a page with a byte."""
@@ -261,6 +262,9 @@ class FakeMemory:
 
     def on_sent(self, block: int, runs: np.ndarray) -> None:
         self.sent.append((block, dirty.expand(runs).tolist()))
+
+    def end_capture(self) -> None:
+        self.ended += 1
 
     def tend(self, now: float) -> None:
         self.tended.append(now)

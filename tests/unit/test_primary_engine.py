@@ -232,6 +232,7 @@ def test_memory_is_told_which_of_its_pages_went_to_the_backup(bench: Bench) -> N
         bench.memory.put(0, 3, again)
         bench.checkpoint()
     assert bench.memory.sent == [(0, [1, 3]), (0, [3])]
+    assert bench.memory.ended == 3
 
 
 def test_the_first_copy_goes_out_before_anything_is_held(bench: Bench) -> None:
