@@ -31,6 +31,8 @@ MOST_PASSES, PROOFS = 3, 3
 _SLACK_NS, _DRIFT = 100_000, 500e-6
 #: Pauses that cost the clock more time than we know of, before that is no accident; a hundred good ones forgive them.
 _MOST_STRIKES, _FORGIVING = 10, 100
+#: Pauses in a row in which the number came too late. On a busy host some do.
+_MOST_LATE = 30
 
 
 def saved(state: bytes | bytearray) -> list[int]:
@@ -82,7 +84,7 @@ class Forwarding:
         self.place = 0
         #: The last epoch's number: until the next pause that is what the place has.
         self.number: int | None = None
-        self._passes = self._proofs = self._strikes = self._good = 0
+        self._passes = self._proofs = self._strikes = self._good = self._late = 0
         #: What the clock is ahead of the host's, on the line; None: anchored at the next pause.
         self._anchor: int | None = None
         #: The most that the clock can have lost since it was on the line.
@@ -123,7 +125,7 @@ class Forwarding:
 
     def on_saved(self, now: int, number: int, found: int) -> int | None:
         """The guest stands. number: in this pause's state; found: at the place. What to write there, if anything."""
-        self._seen = number
+        self._seen, self._late = number, 0
         if found != number:
             self.stop(Reason.DIFFERS)
         elif self._had_no_effect(number):
@@ -138,7 +140,9 @@ class Forwarding:
     def on_late(self) -> None:
         """The number did not come in time: this pause stays lost until the next one."""
         self._replaced = None
-        self._strike(Reason.LATE)
+        self._late += 1
+        if self._late >= _MOST_LATE:
+            self.stop(Reason.LATE)
 
     def on_running(self, now: int, numbers: Sequence[int] | None) -> None:
         """The guest runs. numbers: of the whole state; None: the checkpoint failed."""
@@ -170,7 +174,7 @@ class Forwarding:
                 self.stop(Reason.AHEAD)
             return None
         if step > self._lost + slack:
-            self._strike(Reason.TOO_FAR)
+            self._strike()
             self._anchor_at(now, number)
             return None
         self._forgive()
@@ -198,10 +202,10 @@ class Forwarding:
         if self._good >= _FORGIVING:
             self._strikes = 0
 
-    def _strike(self, reason: Reason) -> None:
+    def _strike(self) -> None:
         self._strikes, self._good = self._strikes + 1, 0
         if self._strikes >= _MOST_STRIKES:
-            self.stop(reason)
+            self.stop(Reason.TOO_FAR)
 
     def _count(self, now: int) -> None:
         self._lost += now - self._began

@@ -267,8 +267,22 @@ def test_a_pause_in_which_the_number_came_too_late_is_made_up_for_in_the_next(gu
     assert guest.late == lost
 
 
+def test_numbers_that_come_too_late_on_a_busy_host_do_not_end_it(guest: Guest) -> None:
+    for pause in range(500):
+        guest.run(10 * MS)
+        if pause % 5:
+            guest.pause(MS)
+        else:
+            guest.what.on_began(guest.now)
+            guest.now += 5 * MS
+            guest.what.on_late()
+            guest.what.on_running(guest.now, [guest.number])
+    assert guest.what.phase is Phase.FORWARDING
+
+
 def test_numbers_that_always_come_too_late_end_it(guest: Guest) -> None:
-    for _ in range(10):
+    for _ in range(30):
+        assert guest.what.reason is None
         guest.what.on_began(guest.now)
         guest.what.on_late()
     refused(guest, Reason.LATE)
