@@ -1,11 +1,13 @@
 """A compute host's life: power on, services, power failure, cut links."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ftvm_lab import clocks, network, storage
 from ftvm_lab.command import LabError, wait_until
 from ftvm_lab.ftvm_settings import FILE_NAME
-from ftvm_lab.layout import BACKGROUND, Layout, Node
+from ftvm_lab.layout import BACKGROUND, COMPUTES, Layout, Node
 from ftvm_lab.machine import Machine
 
 AGENT = "nova-ftvm-agent"
@@ -74,6 +76,32 @@ def _command(layout: Layout, service: str) -> list[str]:
         ],
     }
     return commands[service]
+
+
+@contextmanager
+def engine_options(layout: Layout, **options: float) -> Iterator[None]:
+    """The agents' [engine] options meanwhile, on all hosts, which have to be on. Engines that run keep theirs."""
+    files = {node: layout.outside(node) / FILE_NAME for node in COMPUTES}
+    before = {node: file.read_text() for node, file in files.items()}
+    added = "".join(f"{name} = {value}\n" for name, value in options.items())
+    try:
+        for node, file in files.items():
+            file.write_text(f"{before[node]}\n[engine]\n{added}")
+        _restart_agents(layout)
+        yield
+    finally:
+        for node, file in files.items():
+            file.write_text(before[node])
+        _restart_agents(layout)
+
+
+def _restart_agents(layout: Layout) -> None:
+    """A host without power has none; it reads the file when it gets its power back."""
+    for node in COMPUTES:
+        machine = Machine(layout, node)
+        if machine.pid1() is not None:
+            machine.stop(AGENT)
+            start(machine, AGENT)
 
 
 def kill(layout: Layout, node: Node) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,9 +12,7 @@ from ftvm_lab import computes, failover, leftovers, pairs
 from ftvm_lab.blocks import PORT, Blocks, Extent, sum_of
 from ftvm_lab.command import run, wait_until
 from ftvm_lab.failover import Kind, Protected, Stage
-from ftvm_lab.ftvm_settings import FILE_NAME
-from ftvm_lab.layout import COMPUTES, Node, compute
-from ftvm_lab.machine import Machine
+from ftvm_lab.layout import Node, compute
 from ftvm_lab.seed import IMAGE
 from ftvm_lab.traffic import wait_for_guest
 
@@ -106,27 +104,9 @@ def story(stage: Stage) -> Iterator[Story]:
     failover.clean_up(stage, found.id, found.dead_host.name if found.dead_host else None)
 
 
-@contextmanager
-def slow_copies(stage: Stage) -> Iterator[None]:
-    """First copies crawl: new engines get the rate of an agent that was started meanwhile."""
-    files = {node: stage.layout.outside(node) / FILE_NAME for node in COMPUTES}
-    before = {node: file.read_text() for node, file in files.items()}
-    try:
-        for node, file in files.items():
-            file.write_text(f"{before[node]}\n[engine]\ndisk_copy_mib_s = {SLOW_MIB_S}\n")
-        _restart_agents(stage)
-        yield
-    finally:
-        for node, file in files.items():
-            file.write_text(before[node])
-        _restart_agents(stage)
-
-
-def _restart_agents(stage: Stage) -> None:
-    for node in COMPUTES:
-        machine = Machine(stage.layout, node)
-        machine.stop(computes.AGENT)
-        computes.start(machine, computes.AGENT)
+def slow_copies(stage: Stage) -> AbstractContextManager[None]:
+    """First copies crawl."""
+    return computes.engine_options(stage.layout, disk_copy_mib_s=SLOW_MIB_S)
 
 
 def _switch(story: Story, word: str) -> None:
