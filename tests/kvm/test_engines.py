@@ -1,4 +1,4 @@
-"""Both engines, as processes, on a guest that runs natively under KVM: protected, promoted, an engine dead in a pause."""
+"""Both engines, as processes, on a guest that runs natively under KVM: protected, promoted, an engine that dies."""
 
 import time
 from collections.abc import Callable
