@@ -1,4 +1,4 @@
-"""Builds the Debian guest: systemd on an ext4 disk of its own, PostgreSQL, and what the benchmark works with.
+"""Builds the Debian guest: systemd on an ext4 disk of its own, PostgreSQL, chrony, and what the benchmark works with.
 
 Run by setup as `python -m ftvm_lab.debian DIRECTORY`, as root. Needs the Debian mirror that apt uses and
 nothing else: no loop device, no boot loader (kernel and ramdisk are files of their own, as the busybox
@@ -15,9 +15,12 @@ from ftvm_lab import guest
 from ftvm_lab.command import run
 
 SUITE = "bookworm"
-PACKAGES = ("systemd-sysv", "postgresql", "acpid", "iproute2", "nginx-light", "redis-server")
-#: The benchmark starts them; in other guests they stay away.
-ON_DEMAND = ("nginx.service", "redis-server.service")
+PACKAGES = ("systemd-sysv", "postgresql", "acpid", "iproute2", "nginx-light", "redis-server", "chrony")
+#: The benchmark and the trial of clocks start them; in other guests they stay away.
+ON_DEMAND = ("nginx.service", "redis-server.service", "chrony.service")
+#: The guest's programs that this machine runs too, as they are: installed here, chrony would take the place of what
+#: keeps this machine's own clock.
+BORROWED = ("usr/sbin/chronyd", "usr/bin/chronyc")
 #: Not needed on the disk of a server, or only to compile queries.
 EXCLUDED = (
     *("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/i18n/*"),
@@ -36,6 +39,8 @@ FILES = {
     "needs-seed.conf": "etc/systemd/system/postgresql@.service.d/needs-seed.conf",
     "power-button": "etc/acpi/events/power-button",
     "bench.service": "etc/systemd/system/ftvm-bench.service",
+    "clocks.service": "etc/systemd/system/ftvm-clocks.service",
+    "chrony.conf": "etc/chrony/chrony.conf",
 }
 DISK_SIZE = "2G"
 BUILD_TIMEOUT_S = 600
@@ -54,6 +59,8 @@ def main() -> None:
         _configure_system(root)
         _configure_database(root)
         _add_benchmark(root)
+        for program in BORROWED:
+            shutil.copy(root / program, target)
         _make_disk(root, work / "disk.raw", target / "disk.qcow2")
 
 
@@ -106,10 +113,11 @@ def _configure_database(root: Path) -> None:
 
 
 def _add_benchmark(root: Path) -> None:
-    with as_file(files("ftvm_lab").joinpath("debian_root", "bench.c")) as source:
-        program = root / "usr/local/sbin/ftvm-bench"
-        run(["gcc", "-O2", "-static", "-Wall", "-Wextra", "-Werror", "-o", str(program), str(source)])
-    run(["systemctl", f"--root={root}", "enable", "ftvm-bench.service"])
+    for name in ("bench", "clocks"):
+        with as_file(files("ftvm_lab").joinpath("debian_root", f"{name}.c")) as source:
+            program = root / f"usr/local/sbin/ftvm-{name}"
+            run(["gcc", "-O2", "-static", "-Wall", "-Wextra", "-Werror", "-o", str(program), str(source)])
+        run(["systemctl", f"--root={root}", "enable", f"ftvm-{name}.service"])
     run(["systemctl", f"--root={root}", "disable", *ON_DEMAND])
     with (root / "etc/redis/redis.conf").open("a") as settings:
         # The last word counts.
