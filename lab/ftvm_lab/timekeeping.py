@@ -54,8 +54,8 @@ class Watched:
 
     @property
     def is_followed(self) -> bool:
-        """Each time that chrony was asked it was synchronised, and said so of a clock that it had not to give up: it calls
-        itself synchronised as well when it falls behind for good."""
+        """Each time that chrony was asked it was synchronised, with little left to be corrected: it calls itself
+        synchronised as well while it falls behind for good."""
         return bool(self.tracking) and all(
             one.is_synchronised and abs(one.left_s) < FOLLOWED_S for one in self.tracking
         )
