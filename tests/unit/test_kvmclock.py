@@ -4,17 +4,20 @@ import dataclasses
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
 from nova_ftvm.core import kvmclock
 from nova_ftvm.core.kvmclock import MOST_PASSES, PROOFS, Forwarding, Phase, Reason
-from nova_ftvm.engine.capture import Conversation
+from nova_ftvm.core.losttime import Figures, GuestClock
+from nova_ftvm.engine.capture import Checkpoint, Conversation
 from nova_ftvm.engine.clockforward import ClockForward
+from nova_ftvm.engine.stats import EpochLog, Stage
 from nova_ftvm.exception import GuestGone
 from nova_ftvm.host.kvmclock import QemuHeap
 from nova_ftvm.types import RamBlock
-from tests.unit.engine_fakes import FakeGate, FakeQemu
+from tests.unit.engine_fakes import Clock, FakeGate, FakeQemu
 
 US, MS, S = 10**3, 10**6, 10**9
 PLACE = 0x5000
@@ -479,3 +482,27 @@ def test_the_heap_is_left_alone_if_guests_ram_is_in_it() -> None:
 
 def test_a_process_that_is_gone_has_no_heap_to_look_through() -> None:
     assert QemuHeap((1 << 22) + 1, []).begin() is Reason.UNREADABLE
+
+
+# What a pair's figures say
+
+
+def test_figures_say_that_the_clock_goes_on_while_kvmclock_is_set_forward(tmp_path: Path) -> None:
+    told: list[Figures] = []
+    clock = Clock()
+    stats = EpochLog(str(tmp_path / "epochs.jsonl"), clock, GuestClock.STANDS, told.append)
+
+    def clock_told() -> str:
+        stats.began()
+        stats.mark(Stage.REST)
+        stats.shipped(Checkpoint(), 0)
+        clock.now += 2.0
+        stats.committed()
+        return told[-1].clock
+
+    assert clock_told() == GuestClock.STANDS
+    stats.on_kvmclock(True)
+    assert clock_told() == GuestClock.GOES_ON
+    stats.on_kvmclock(False)
+    assert clock_told() == GuestClock.STANDS
+    stats.close()
