@@ -36,8 +36,8 @@ _BUFFER_PAGES = 4096
 #: A look at all of the guest's memory that took longer is taken once in a pause and not twice.
 _QUICK_LOOK_S = 0.5e-3
 
-#: Between two huge pages that are rebuilt.
-_REBUILD_EVERY_S = 0.1
+#: Between two huge pages that are rebuilt: each makes an epoch 512 pages longer.
+_REBUILD_EVERY_S = 0.5
 
 #: Written ranges above which a look while the guest runs protects by one scan of everything: the guest then finds most
 #: of its mappings gone either way, and each single range would interrupt its processors once.
@@ -193,8 +193,10 @@ class RangedMemory(TrackedMemory):
         self._epoch = HotPages.FIRST
         self._cold = [ColdRegions(block.address, block.pages) for block in blocks]
         self._next_rebuild = 0.0 if hugepages.are_allowed() else math.inf
-        #: Pages, by block: protected since the last capture, so of the next one; and of the last one.
+        #: Pages, by block, of the next capture: those that were written and are protected again, and those of regions
+        #: that were rebuilt; and those that were written before the last one.
         self._protected: dict[int, np.ndarray] = {}
+        self._rebuilt: dict[int, np.ndarray] = {}
         self._captured: dict[int, np.ndarray] = {}
         self._largest = max(self._spots, key=lambda spot: spot.end - spot.start)
         self._look_s = 0.0
@@ -224,11 +226,12 @@ class RangedMemory(TrackedMemory):
     def capture(self) -> Iterator[dirty.Pages]:
         found = {block: dirty.expand(runs) for block, runs in self._look(self._spots)}
         protected, self._protected = self._protected, {}
-        for block in sorted(found.keys() | protected.keys()):
-            early, late = (which.get(block, _NO_PAGES) for which in (protected, found))
+        rebuilt, self._rebuilt = self._rebuilt, {}
+        for block in sorted(found.keys() | protected.keys() | rebuilt.keys()):
+            early, late, whole = (which.get(block, _NO_PAGES) for which in (protected, found, rebuilt))
             new = late[~_are_in(early, late)]
             self._captured[block] = _union(early, new)
-            for numbers in _pieces(self._captured[block]):
+            for numbers in _pieces(_union(self._captured[block], whole)):
                 self._protect_cold(block, new[slice(*np.searchsorted(new, (numbers[0], numbers[-1] + 1)))])
                 yield self._copy(block, dirty.compress(numbers))
 
@@ -262,23 +265,20 @@ class RangedMemory(TrackedMemory):
     def _rebuild(self, block: int, first: int) -> hugepages.Collapse:
         """Makes the region one huge page, unless it was written just now.
 
-        Protected pages cannot become one, so for a moment nothing tells of what is written there. It is found by what
-        the region holds, before and after: as it held no written page, before is what the backup has.
+        Protected pages cannot become one, so for a moment nothing tells of what is written there, nor of a disk that
+        begins to read into them and ends later. So all of them belong to the next epoch, whose copy is made when the
+        disks are at rest.
         """
         runs = np.array([[first, REGION_PAGES]], np.uint32)
         ((start, end),) = dirty.ranges_of(runs, self._spots[block].start).tolist()
-        before = self.read(block, runs).contents
         if len(self._pagemap.written(start, end)):
             return hugepages.Collapse.BUSY
+        self._rebuilt[block] = _union(self._rebuilt.get(block, _NO_PAGES), dirty.expand(runs))
         self._protection.lift(start, end)
         try:
             return hugepages.collapse(self._pidfd, start, REGION)
         finally:
             self._protect(block, runs)
-            after = self.read(block, runs).contents
-            changed = np.flatnonzero((before != after).reshape(-1, PAGE).any(axis=1)) + first
-            if len(changed):
-                self._protected[block] = _union(self._protected.get(block, _NO_PAGES), changed)
 
     def _look(self, spots: list[_Spot]) -> list[tuple[int, np.ndarray]]:
         began = time.monotonic()

@@ -201,7 +201,6 @@ sys.stdin.readline()
 """
 
 
-@pytest.mark.skipif(not images.can_be_slowed(ROOT), reason="no control group can slow this disk down")
 @pytest.mark.parametrize("regions_a_call", [64, 512, 700, 1 << 16])
 def test_more_regions_than_the_kernel_gathers_at_once_are_told_once_each(regions_a_call: int) -> None:
     mapper = Mapper(4096, 0)
@@ -273,6 +272,7 @@ def test_a_kernel_without_huge_pages_allows_none(tmp_path: Path) -> None:
     assert not hugepages.are_allowed(str(tmp_path / "nothing"))
 
 
+@pytest.mark.skipif(not images.can_be_slowed(ROOT), reason="no control group can slow this disk down")
 def test_a_transfer_that_is_under_way_marks_its_pages_when_it_begins_and_not_when_it_ends(tmp_path: Path) -> None:
     """So a page that a look found written must not be copied before the disks are at rest."""
     length = 128 * PAGE

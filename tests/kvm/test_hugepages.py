@@ -85,11 +85,11 @@ class WritesInBetween(RangedMemory):
 
 
 class ForgetsInBetween(WritesInBetween):
-    """Mutation: what was written in between is not looked for."""
+    """Mutation: the region is not part of the next epoch."""
 
     def _rebuild(self, block: int, first: int) -> Collapse:
         rebuilt = super()._rebuild(block, first)
-        self._protected.clear()
+        self._rebuilt.clear()
         return rebuilt
 
 
