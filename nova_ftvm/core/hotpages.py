@@ -52,7 +52,7 @@ class HotPages:
     def on_sent(self, numbers: np.ndarray, epoch: int) -> None:
         """These pages of the epoch went to the backup: they changed, or nobody knows whether they did."""
         hot = numbers[self._hot[numbers]]
-        self._last[hot] = epoch
+        self._last[hot] = _stamp(epoch)
 
     def learn(self, numbers: np.ndarray, epoch: int) -> None:
         """All pages that were found written in the epoch; what becomes of them counts from the next one on."""
@@ -61,17 +61,25 @@ class HotPages:
             self._cool(numbers[is_hot], epoch)
         self._heat(numbers[~is_hot], epoch)
 
+    def _ago(self, numbers: np.ndarray, epoch: int) -> np.ndarray:
+        """Epochs since each was written. They are counted on a circle: a guest may be protected for years."""
+        return _stamp(epoch) - self._last[numbers]
+
     def _heat(self, written: np.ndarray, epoch: int) -> None:
-        is_near = epoch - self._last[written].astype(np.int64) <= NEAR
+        is_near = self._ago(written, epoch) <= NEAR
         near = np.where(is_near, np.minimum(self._near[written] + 1, TIMES), 0).astype(np.uint8)
         self._near[written] = near
-        self._last[written] = epoch
+        self._last[written] = _stamp(epoch)
         admitted = written[near >= TIMES][:self._budget.left]
         self._hot[admitted] = True
         self._budget.left -= len(admitted)
 
     def _cool(self, hot: np.ndarray, epoch: int) -> None:
-        idle = hot[epoch - self._last[hot].astype(np.int64) > IDLE]
+        idle = hot[self._ago(hot, epoch) > IDLE]
         self._hot[idle] = False
         self._near[idle] = 0
         self._budget.left += len(idle)
+
+
+def _stamp(epoch: int) -> np.uint32:
+    return np.uint32(epoch & 0xFFFFFFFF)

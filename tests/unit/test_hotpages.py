@@ -125,3 +125,13 @@ def test_pages_whose_change_is_unknown_count_as_changed() -> None:
         guest.hot_pages.on_sent(np.array([7]), guest.epoch)
         guest.hot_pages.learn(np.array([7]), guest.epoch)
     assert guest.hot_pages.cold(np.array([7])).tolist() == []
+
+
+def test_it_goes_on_when_the_epochs_number_has_no_room_for_more() -> None:
+    guest = Guest()
+    guest.epoch = (1 << 32) - 5
+    guest.writes(7, times=10)
+    assert guest.writes(7, 9) == [9]
+    assert guest.pauses_that_protect() == IDLE + 2
+    guest.writes(7, times=10)
+    assert guest.unprotected == {7}
