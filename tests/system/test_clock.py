@@ -37,6 +37,7 @@ def story(stage: Stage) -> Iterator[Story]:
         lost = one.lose_host(AFTER_KILL_S)
         for watched in (without, kept, lost.watched):
             print(timekeeping.shown(watched))
+        print(f"late by {lost.late_ms} ms, back after {lost.back_s} s, settled after {lost.settled_s} s")
         yield Story(without, kept, lost)
 
 
