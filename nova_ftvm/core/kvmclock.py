@@ -29,6 +29,8 @@ _NAME, _BEFORE_NAME = b"\x08kvmclock\0", 5
 MOST_PASSES, PROOFS = 3, 3
 #: The two clocks' readings lie so far apart at most, ns, and run apart by so much of the time at most.
 _SLACK_NS, _DRIFT = 100_000, 500e-6
+#: The clock is set forward when it may have lost this, ns: to take the state so far costs a pause some 0.1 ms.
+_WORTH_NS = 3_000_000
 #: Pauses that cost the clock more time than we know of, before that is no accident; a hundred good ones forgive them.
 _MOST_STRIKES, _FORGIVING = 10, 100
 #: Pauses in a row in which the number came too late. On a busy host some do.
@@ -123,14 +125,17 @@ class Forwarding:
         """Somebody else stopped the guest, or started it: what the clock lost by that stays lost."""
         self._anchor = self._replaced = None
 
+    def is_due(self) -> bool:
+        """Is there anything to do in this pause? Else neither `on_saved` nor `on_late` is for it."""
+        return self.phase is Phase.PROVING or (self.phase is Phase.FORWARDING and (
+            self._anchor is None or self._lost >= _WORTH_NS))
+
     def on_saved(self, now: int, number: int, found: int) -> int | None:
         """The guest stands. number: in this pause's state; found: at the place. What to write there, if anything."""
         self._seen, self._late = number, 0
         if found != number:
             self.stop(Reason.DIFFERS)
-        elif self._had_no_effect(number):
-            self.stop(Reason.NO_EFFECT)
-        self._replaced = None
+        self._check_effect(number)
         self._count(now)
         if self.phase is Phase.PROVING:
             self._prove()
@@ -146,17 +151,25 @@ class Forwarding:
 
     def on_running(self, now: int, numbers: Sequence[int] | None) -> None:
         """The guest runs. numbers: of the whole state; None: the checkpoint failed."""
-        self._count(now)
-        self.number, self._runs_since = None, now
+        self.number = None
         if numbers is None:
             self._replaced = None
-            return
-        if len(numbers) != 1:
+        elif len(numbers) != 1:
             self.stop(Reason.SAVED_TWICE if numbers else Reason.NOT_SAVED)
         elif self._seen not in (None, numbers[0]):
             self.stop(Reason.CHANGED)
         else:
             self.number = numbers[0]
+            if self._seen is None:
+                self._check_effect(self.number)
+        self._count(now)
+        self._runs_since = now
+
+    def _check_effect(self, number: int) -> None:
+        """In the first pause after a write."""
+        if self._had_no_effect(number):
+            self.stop(Reason.NO_EFFECT)
+        self._replaced = None
 
     def _prove(self) -> None:
         self._proofs += 1

@@ -62,7 +62,7 @@ class ClockForward(NotForwarded):
 
     def forward(self) -> None:
         """The gate is still narrow, and all else is done: QEMU cannot start the guest."""
-        if self._what.phase not in (Phase.PROVING, Phase.FORWARDING):
+        if not self._what.is_due():
             return
         with self._ends_for_trouble():
             numbers = self._await_number()

@@ -131,7 +131,7 @@ def test_an_engine_that_fails_around_the_write_leaves_a_guest_whose_clock_goes_o
         wait_for("the engine is dead", pair.primary.ended)
         assert guest.qemu.is_running()
         guest.never_stepped_back()
-        assert SHARE <= guest.share(lambda: time.sleep(1.0)) < 2 - SHARE
+        assert SHARE <= guest.share() < 1.01
     with guest.protected("c") as pair:
         await_forwarding(pair, 2)
         guest.never_stepped_back()
@@ -173,16 +173,19 @@ def recorded(qemu: Qemu, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Chec
 def test_a_step_is_no_more_than_what_the_pauses_took(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     guest = Guest(launch, "q35", 2)
     with recorded(guest.qemu, monkeypatch) as (checkpoints, heap):
-        pauses, written = [checkpoints.take()], 0
-        while written < 200:
+        # Since the write before: its own pause may have gone on after it.
+        taken, written, stood_ms = 0, 0, 0.0
+        while written < 60:
             time.sleep(EPOCH_S)
-            pauses.append(checkpoints.take())
+            pause = checkpoints.take()
+            taken, stood_ms = taken + 1, stood_ms + pause.pause_ms
             if len(heap.writes) > written:
                 written = len(heap.writes)
                 _, before, after = heap.writes[-1]
-                assert 0 < after - before < (pauses[-1].pause_ms + pauses[-2].pause_ms) * 1e6 + 300_000
-                assert kvmclock.saved(pauses[-1].state) == [before]
-            assert len(pauses) < 400, "few pauses are made up for"
+                assert 0 < after - before < stood_ms * 1e6 + 300_000
+                assert kvmclock.saved(pause.state) == [before]
+                stood_ms = pause.pause_ms
+            assert taken < 600, "few pauses are made up for"
     guest.never_stepped_back()
 
 
@@ -244,4 +247,4 @@ def test_a_place_that_changes_later_is_not_written_to_any_more(launch: Launch, m
         assert kvmclock.Reason.DIFFERS in caplog.text
         assert procmem.Word(guest.qemu.pid).read(end - 8) == 0
     guest.never_stepped_back()
-    assert SHARE <= guest.share(lambda: time.sleep(1.0)) < 2 - SHARE
+    assert SHARE <= guest.share() < 1.01
