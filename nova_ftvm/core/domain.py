@@ -308,10 +308,6 @@ def _refuse_what_stays(root: ElementTree.Element) -> None:
     for kind in ("serial", "console"):
         if root.find(f"./devices/{kind}[@type='tcp']") is not None:
             raise Unsupported("a serial console on TCP is bound to its host: set [serial_console]enabled=false")
-    for path, what in (("./memoryBacking/hugepages", "huge pages"), ("./devices/tpm", "a virtual TPM"),
-                       ("./devices/filesystem", "a shared folder"), ("./devices/memory", "a memory device")):
-        if root.find(path) is not None:
-            raise Unsupported(f"{what} cannot be checkpointed")
 
 
 def _float_vcpus(root: ElementTree.Element, cpuset: str | None) -> None:

@@ -14,14 +14,22 @@ _BYPASSING = ("hostdev", "vdpa", "vhostuser")
 #: What a passed-through device is called, and where its address is, by <hostdev>'s type.
 _HOST_DEVICES = {"pci": "PCI device", "mdev": "mediated device", "usb": "USB device", "scsi": "SCSI device",
                  "scsi_host": "vhost SCSI device"}
+#: What is not tracked, or keeps its state outside QEMU; where it is; and what to do.
+_UNSAVED = (
+    ("huge pages of the flavor's", "./memoryBacking/hugepages", "use a flavor without hw:mem_page_size"),
+    ("a virtual TPM", "./devices/tpm", "use a flavor and an image without hw_tpm_version"),
+    ("a shared folder", "./devices/filesystem", "detach the share"),
+    ("a memory device", "./devices/memory", "use a flavor without hw:pmem"),
+    ("shared memory with other guests", "./devices/shmem", "take <shmem> out of the domain"),
+    ("a socket to the host", "./devices/vsock", "take <vsock> out of the domain"))
 _CONFIDENTIAL = {"sev": "AMD SEV", "sev-snp": "AMD SEV-SNP", "tdx": "Intel TDX", "s390-pv": "s390 protection"}
 
 
 def obstacle(root: ElementTree.Element) -> str:
     """Why a guest must not be checkpointed; '' when it can be."""
-    return (_sealed(root) or _ide_drive(root) or _memory(root) or _first(root, "./devices/hostdev", _host_device)
-            or _first(root, "./devices/interface", _interface) or _first(root, "./devices/disk", _disk)
-            or guestcpu.obstacle(root))
+    return (_sealed(root) or _ide_drive(root) or _memory(root) or _unsaved(root)
+            or _first(root, "./devices/hostdev", _host_device) or _first(root, "./devices/interface", _interface)
+            or _first(root, "./devices/disk", _disk) or guestcpu.obstacle(root))
 
 
 def _first(root: ElementTree.Element, path: str, why: Callable[[ElementTree.Element], str]) -> str:
@@ -56,6 +64,11 @@ def _memory(root: ElementTree.Element) -> str:
     if root.find("./memoryBacking/source[@type='memfd']") is not None:
         return "memory in a memfd is not tracked: take <source type='memfd'/> out of the server's memory backing"
     return ""
+
+
+def _unsaved(root: ElementTree.Element) -> str:
+    return next((f"{what} cannot be checkpointed: {remedy}" for what, path, remedy in _UNSAVED
+                 if root.find(path) is not None), "")
 
 
 def _host_device(device: ElementTree.Element) -> str:

@@ -329,14 +329,27 @@ def test_an_interface_without_a_binding_here_is_refused():
 @pytest.mark.parametrize(("old", "new"), [
     ("<emulatorpin cpuset='0-3'/>", "<vcpupin vcpu='0' cpuset='2'/>"),
     ("<serial type='pty'>", "<serial type='tcp'>"),
-    ("<vcpu ", "<memoryBacking><hugepages/></memoryBacking><vcpu "),
-    ("<emulator>", "<tpm model='tpm-crb'/><emulator>"),
-    ("<emulator>", "<filesystem type='mount'/><emulator>"),
-    ("<emulator>", "<memory model='nvdimm'/><emulator>"),
 ])
 def test_what_is_bound_to_the_primarys_host_is_refused(old, new):
     with pytest.raises(Unsupported):
         made(LIVE.replace(old, new))
+
+
+@pytest.mark.parametrize(("old", "new", "says"), [
+    ("<vcpu ", "<memoryBacking><hugepages/></memoryBacking><vcpu ", "huge pages"),
+    ("<emulator>", "<tpm model='tpm-crb'/><emulator>", "TPM"),
+    ("<emulator>", "<filesystem type='mount'/><emulator>", "shared folder"),
+    ("<emulator>", "<memory model='nvdimm'/><emulator>", "memory device"),
+    ("<emulator>", "<shmem name='x'/><emulator>", "shared memory"),
+    ("<emulator>", "<vsock model='virtio'/><emulator>", "socket to the host"),
+])
+def test_what_is_not_saved_is_told_before_anything_is_done_and_refused_for_a_standby(old, new, says):
+    xml = LIVE.replace(old, new)
+    assert says in domain.obstacle(xml) and ": " in domain.obstacle(xml)
+    with pytest.raises(Unsupported, match=says):
+        domain.arm(xml, MONITOR)
+    with pytest.raises(Unsupported, match=says):
+        made(xml)
 
 
 @pytest.mark.parametrize("mark", [
