@@ -12,6 +12,7 @@ import sys
 import time
 from typing import Any
 
+from nova_ftvm.conf import engine as engine_conf
 from nova_ftvm.core import kind, wire
 from nova_ftvm.core.epoch import EpochLoop, Pace
 from nova_ftvm.core.lease import Lease
@@ -90,7 +91,9 @@ class Order:
 
     @classmethod
     def parse(cls, text: str) -> "Order":
-        fields: dict[str, Any] = json.loads(text)
+        """An agent that was started before its package was upgraded does not know the newest settings: each has its
+        option's default then."""
+        fields: dict[str, Any] = {option.name: option.default for option in engine_conf.OPTS} | json.loads(text)
         fields["role"] = Role(fields["role"])
         fields["qemu_owner"] = tuple(fields["qemu_owner"])
         return cls(**fields)

@@ -1,5 +1,6 @@
 """conf/: the lists for oslo-config-generator, and what every option must have."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -58,6 +59,14 @@ def test_all_groups_register_in_one_configuration_and_twice_in_none() -> None:
 
 def test_the_engines_order_carries_every_engine_option() -> None:
     assert {option.name for option in engine.OPTS} <= set(Order.__dataclass_fields__)
+
+
+def test_an_agent_older_than_its_engines_gives_no_setting_that_it_does_not_know() -> None:
+    order = {"role": "primary", "pair_id": "p", "generation": 1, "instance_id": "i", "token": "t", "folder": "/f",
+             "address": "127.0.0.1", "port": 1, "qemu_owner": [1, 1], "policy": "event"}
+    parsed = Order.parse(json.dumps(order))
+    assert parsed.policy == "event"
+    assert parsed.max_pause_percent == 50.0 and parsed.forward_kvmclock is True
 
 
 def test_setup_names_both_lists_for_the_generator() -> None:
