@@ -17,8 +17,8 @@ REGION_PAGES = REGION // PAGE
 COLD_S = 60.0
 #: The kernel may have no huge page to give: then nothing is rebuilt for this time.
 REFUSED_S = 60.0
-#: A page of the region was in use elsewhere: it is tried again after this time.
-BUSY_S = 1.0
+#: A page of the region was in use elsewhere: it is tried again after this time. Each try makes an epoch longer.
+BUSY_S = 10.0
 _WHOLE = np.float64(np.inf)
 
 

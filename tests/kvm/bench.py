@@ -35,9 +35,9 @@ from tests.kvm.native import Native, Processor
 SIZES_MIB = (16, 256, 1024)
 PAGES = (20, 100, 1000)
 EPOCH_S = 0.005
-#: Huge pages are taken apart at the first write to each, and mapped anew: that is over after this.
-WARM_S = {16: 1.0, 256: 3.0, 1024: 8.0}
-STEADY_S = 0.3
+#: Huge pages are taken apart at the first write to each, and mapped anew page by page: a turn begins when a round of
+#: this length has no more than so many faults for a page that was written, or after the longest time.
+ROUND_S, STEADY_FAULTS, LONGEST_WARM_S = 0.5, 2.2, 30.0
 
 
 class TimedRanged(RangedMemory):
@@ -102,6 +102,8 @@ class Turn:
     taken: list[Taken]
     scans_ms: list[float]
     copies_ms: list[float]
+    #: Were its faults those of the written pages alone?
+    is_steady: bool
 
     @property
     def pause_ms(self) -> float:
@@ -130,17 +132,28 @@ class Subject:
         scans: list[float] = []
         copies: list[float] = []
         with contextlib.closing(Checkpoints(self._qemu, memory)) as checkpoints:
-            checkpoints.run(STEADY_S if memory is None else WARM_S[self._mib], EPOCH_S, ask)
+            is_steady = self._warm_up(lambda: checkpoints.run(ROUND_S, EPOCH_S, ask))
             scans.clear(), copies.clear()
             passes, faults, seconds, written = self._now()
             taken = checkpoints.run(self._seconds, EPOCH_S, ask)
             now = self._now()
         assert self._guest.differed() == 0, "the guest's memory is spoilt"
         read = (now[0] - passes) * self._mib * 256
-        return Turn(read / 1e6 / (now[2] - seconds), now[1] - faults, now[3] - written, taken, scans, copies)
+        return Turn(read / 1e6 / (now[2] - seconds), now[1] - faults, now[3] - written, taken, scans, copies, is_steady)
 
     def end(self) -> None:
         self._qemu.kill()
+
+    def _warm_up(self, run: Callable[[], object]) -> bool:
+        """False: it did not come to that."""
+        deadline = time.monotonic() + LONGEST_WARM_S
+        while time.monotonic() < deadline:
+            _, faults, _, written = self._now()
+            run()
+            _, later, _, wrote = self._now()
+            if later - faults <= STEADY_FAULTS * max(100, wrote - written):
+                return True
+        return False
 
     def _now(self) -> tuple[int, int, float, int]:
         return (self._guest.passes(), self._processor.faults(), self._processor.seconds(), self._guest.written())
@@ -159,7 +172,8 @@ def point(subject: Subject, mib: int, pages: int, how: str) -> dict[str, Any]:
         "faults_per_page": between.faults / max(1, between.written), "pause_ms_p50": between.pause_ms,
         "stop_ms_p50": stop_ms, "scan_ms_p50": scan_ms, "copy_ms_p50": copy_ms,
         "added_ms": between.pause_ms - stop_ms - copy_ms,
-        "pages_p50": statistics.median(taken.pages for taken in between.taken), "checkpoints": len(between.taken)}
+        "pages_p50": statistics.median(taken.pages for taken in between.taken), "checkpoints": len(between.taken),
+        "steady": between.is_steady}
     return {name: round(value, 3) if isinstance(value, float) else value for name, value in found.items()}
 
 
