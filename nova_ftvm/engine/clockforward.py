@@ -1,4 +1,4 @@
-"""Sets kvmclock forward in each pause, by the decisions of core/kvmclock.py. Called by the primary's engine.
+"""Sets kvmclock forward in pauses, by the decisions of core/kvmclock.py. Called by the primary's engine.
 
 In the pause it takes what QEMU has to say up to kvmclock, a page at a time, as the gate is still narrow: so the number
 that is written over is the one of this very state. Whatever goes wrong with it ends it, and nothing else.
@@ -119,7 +119,7 @@ class ClockForward(NotForwarded):
         if (phase := self._what.phase) is self._phase:
             return
         if phase is Phase.FORWARDING:
-            LOG.info("kvmclock is set forward in each pause, by what the guest stood")
+            LOG.info("kvmclock is set forward in pauses, by what the guest stood")
             self._on_change(True)
         elif phase is Phase.STOPPED:
             LOG.warning("kvmclock is not set forward in pauses: %s; a guest that goes by it (kvm-clock, a Windows "
