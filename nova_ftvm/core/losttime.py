@@ -1,5 +1,8 @@
 """The time that a guest stood still in its checkpoints' pauses: in all, and its share of the last minute. PURE.
 
+For a guest whose clock stands a pause counts as what that clock lost: more than from STOP to RESUME, see
+core/virtualclock.py. For one whose clock goes on it is that, and no more.
+
 What is lost of it is lost for a clock that stands in pauses, too; which of them do is the guest's affair, and known in
 part (`GuestClock`). The primary's engine counts (engine/stats.py), once a second; its agent and the manager pass the
 figures on (`Figures`), and `nova-ftvm-manage pair show` shows them.

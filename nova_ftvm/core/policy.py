@@ -19,9 +19,10 @@ needs no longer for all of it than it takes to be stopped.
 
 One bound goes before all of them (`earliest`): the share of the time that the guest may stand in pauses. Each pause is
 owed a time of running, (1 - share) / share times as long as it was, and no checkpoint is taken before that is paid
-(`on_resumed`). A guest that ran without pauses has up to AHEAD_S of it paid ahead, so that a few replies in a row need
-not wait; but after each pause it runs at least as long as it stood. Over any time of W seconds, with pauses of p
-seconds at most, the share is exceeded by less than share * AHEAD_S / W + (1 - share) * p / W. What is owed beyond
+(`on_resumed`). What the guest's virtual clock lost beyond the pause (core/virtualclock.py) is owed like the pause. A
+guest that ran without pauses has up to AHEAD_S of it paid ahead, so that a few replies in a row need not wait; but
+after each pause it runs at least as long as it stood. Over any time of W seconds, with losses of p seconds at most by
+that clock, the share is exceeded by less than share * AHEAD_S / W + (1 - share) * p / W. What is owed beyond
 MOST_OWED_S is forgotten: one pause of 5 s does not keep output back for minutes. So the bound does not hold for a guest
 whose pauses are all longer than MOST_OWED_S * share / (1 - share): 20 ms at 1 %, 105 ms at 5 %.
 """
@@ -106,12 +107,13 @@ def earliest(seen: Measured) -> float:
     return seen.resumed + min(max(seen.pause_s, seen.owed_s), MOST_OWED_S)
 
 
-def on_resumed(seen: Measured, most_paused: float, now: float, pause_s: float) -> None:
+def on_resumed(seen: Measured, most_paused: float, now: float, pause_s: float, excess_s: float = 0.0) -> None:
     """Accounts for a pause; told when the guest runs again. most_paused: the share of the time that it may stand in
-    pauses, 0.5 at most."""
+    pauses, 0.5 at most. excess_s: what its virtual clock lost beyond the pause."""
     pause_s = max(0.0, pause_s)
-    ran_s = max(0.0, now - pause_s - seen.resumed)
-    owed_s = max(seen.owed_s - ran_s, -AHEAD_S) + pause_s * (1 / most_paused - 1)
+    lost_s = pause_s + max(0.0, excess_s)
+    ran_s = max(0.0, now - lost_s - seen.resumed)
+    owed_s = max(seen.owed_s - ran_s, -AHEAD_S) + lost_s * (1 / most_paused - 1)
     seen.resumed, seen.pause_s, seen.owed_s = now, pause_s, min(owed_s, MOST_OWED_S)
 
 

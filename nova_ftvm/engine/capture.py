@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 from nova_ftvm import ports
 from nova_ftvm.core import dirty
+from nova_ftvm.core.virtualclock import ClockExcess
 from nova_ftvm.engine.diskstream import Cut
 
 _SAVE = "save"
@@ -41,6 +42,8 @@ class Checkpoint:
     cut: Cut = dataclasses.field(default_factory=Cut)
     stopped_us: int = 0
     resumed_us: int = 0
+    #: What the guest's virtual clock lost beyond the pause, s.
+    excess_s: float = 0.0
     failure: str = ""
 
     @property
@@ -63,6 +66,7 @@ class Conversation:
         self._saving = False
         self._ended_mirror = ended_mirror
         self.lost_mirror = ""
+        self._excess = ClockExcess()
         self.current = Checkpoint()
 
     def prepare(self) -> None:
@@ -99,6 +103,7 @@ class Conversation:
             self.lost_mirror = self.lost_mirror or why
             return GuestEvent.MIRROR_OVER if why else None
         if not self._saving:
+            self._excess.forget()
             return GuestEvent.PAUSED if name == "STOP" else GuestEvent.UNPAUSED
         stamp = message["timestamp"]
         now_us = stamp["seconds"] * 1_000_000 + stamp["microseconds"]
@@ -114,7 +119,10 @@ class Conversation:
         # QEMU starts the guest before it answers, so RESUME came before, if the guest was running at all.
         self._saving = False
         self.read_state()
+        done = self.current
         if "error" not in message:
+            done.excess_s = self._excess.on_checkpoint(done.stopped_us, done.resumed_us, done.state)
             return GuestEvent.RESUMED
-        self.current.failure = f"QEMU's {_SAVE} failed: {message['error']['desc']}"
+        self._excess.forget()
+        done.failure = f"QEMU's {_SAVE} failed: {message['error']['desc']}"
         return GuestEvent.SAVE_FAILED

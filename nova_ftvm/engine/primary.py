@@ -215,7 +215,7 @@ class PrimaryEngine:
                 self._finish_checkpoint()
                 checkpoint = self._talk.current
                 self._do(self._loop.on_resumed(self._clock(), checkpoint.page_count, checkpoint.cut.bytes,
-                                               checkpoint.pause_ms / 1000))
+                                               checkpoint.pause_ms / 1000, checkpoint.excess_s))
                 self._precedence.leave()
                 self._kvmclock.running(saved=True)
             elif event is GuestEvent.SAVE_FAILED:

@@ -1,11 +1,14 @@
 """Checkpoint statistics for people and benchmarks: one JSON line a second, beside the guest's monitor.
 
 {"at": wall-clock s, "count": checkpoints so far, "paused_percent": the pauses' share of the time since the last line,
- "pause_ms": [...], "pages": [...], "epoch_ms": [...], "state_bytes": [...], "disk_bytes": [...], "wire_bytes": [...],
+ "pause_ms": [...], "excess_ms": [...], "pages": [...], "epoch_ms": [...], "state_bytes": [...], "disk_bytes": [...],
+ "wire_bytes": [...],
  "stop_ms": [...], "rest_ms": [...], "capture_ms": [...], "resume_ms": [...], "ship_ms": [...], "ack_ms": [...]}
 
-with one entry a committed checkpoint. epoch_ms: from one checkpoint's start to the next one's. pause_ms: by QEMU's own
-clock. The last six follow one another, see Stage.
+with one entry a committed checkpoint. epoch_ms: from one checkpoint's start to the next one's. pause_ms: from
+QEMU's STOP to its RESUME, by its own clock. excess_ms: what the guest's virtual clock lost beyond that
+(core/virtualclock.py); paused_percent has it too, unless the guest's clock goes on in pauses. The last six follow one
+another, see Stage.
 
 As often it tells the figures that go to the agent, and warns if a guest loses time that its clock does not get back.
 """
@@ -84,12 +87,14 @@ class EpochLog:
     def shipped(self, checkpoint: Checkpoint, wire_bytes: int) -> None:
         """wire_bytes: what RAM and devices took on the link."""
         self.mark(Stage.SHIP)
-        self._lost.on_pause(self._last, max(0.0, checkpoint.pause_ms / 1000))
+        excess_s = 0.0 if self._guest_clock is GuestClock.GOES_ON else checkpoint.excess_s
+        self._lost.on_pause(self._last, max(0.0, checkpoint.pause_ms / 1000) + excess_s)
         # When it stopped only QEMU knows; by the wall clock.
         at_rest = self._row[f"{Stage.REST}_ms"]
         stop = min(max(0.0, (checkpoint.stopped_us - self._began_us) / 1000), at_rest)
         self._row |= {f"{Stage.STOP}_ms": round(stop, 3), f"{Stage.REST}_ms": round(at_rest - stop, 3)}
-        self._row |= {"pause_ms": round(checkpoint.pause_ms, 3), "pages": checkpoint.page_count,
+        self._row |= {"pause_ms": round(checkpoint.pause_ms, 3), "excess_ms": _ms(checkpoint.excess_s),
+                      "pages": checkpoint.page_count,
                       "state_bytes": len(checkpoint.state), "disk_bytes": checkpoint.cut.bytes,
                       "wire_bytes": wire_bytes}
 
@@ -124,7 +129,7 @@ class EpochLog:
         share = self._lost.share(now)
         self._tell(Figures(self._count, round(self._lost.paused_s, 3), round(100 * share, 2), self._guest_clock.value))
         if self._guest_clock is GuestClock.STANDS and self._lost.is_news(now, share):
-            LOG.warning("the guest stood in pauses for %.1f %% of the last minute, and its clock stands in them: if no "
+            LOG.warning("the guest's clock stood for %.1f %% of the last minute, in checkpoints: if no "
                         "NTP client in it keeps up (most follow 10 %% or less), lower [engine] max_pause_percent; "
                         "under KVM give it a processor with invtsc, whose clock goes on", 100 * share)
 

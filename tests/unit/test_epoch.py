@@ -51,8 +51,8 @@ def test_the_promises_hold_through_long_lives_and_all_phases_are_seen() -> None:
 
 
 class ReleasesBeforeTheAck(EpochLoop):
-    def on_resumed(self, now: float, pages: int, disk_bytes: int) -> Acts:
-        acts = super().on_resumed(now, pages, disk_bytes)
+    def on_resumed(self, now: float, pages: int, disk_bytes: int, pause_s: float = 0.0, excess_s: float = 0.0) -> Acts:
+        acts = super().on_resumed(now, pages, disk_bytes, pause_s, excess_s)
         return (*acts, Act.RELEASE) if Act.COMMIT in acts else acts
 
 
@@ -245,6 +245,17 @@ def test_a_full_log_waits_too_until_the_guest_had_its_share_of_the_time() -> Non
         loop.on_filling()
         assert Act.CHECKPOINT not in loop.tick(1.0 + owed_s - 0.001) and loop.phase is Phase.RUNNING
         assert Act.CHECKPOINT in loop.tick(1.0 + owed_s + 0.001)
+
+
+def test_what_its_clock_lost_beyond_the_pause_is_waited_for_as_well() -> None:
+    loop = EpochLoop(dataclasses.replace(PACE, most_paused=0.05), 0.0)
+    loop.on_live_pass(1)
+    loop.on_stopped()
+    loop.on_state_begins()
+    loop.on_resumed(1.0, 10, 0, pause_s=0.05, excess_s=0.05)
+    loop.on_ack(Epoch(1))
+    loop.on_filling()
+    assert Act.CHECKPOINT not in loop.tick(2.649) and Act.CHECKPOINT in loop.tick(2.651)
 
 
 @pytest.mark.parametrize("policy", list(Policy))

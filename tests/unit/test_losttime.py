@@ -82,11 +82,11 @@ class Log:
         self.path = folder / "epochs.jsonl"
         self.log = EpochLog(str(self.path), self.clock, guest_clock, self.told.append)
 
-    def run(self, seconds: float, pause_s: float, period_s: float = 0.1) -> list[dict[str, Any]]:
+    def run(self, seconds: float, pause_s: float, period_s: float = 0.1, excess_s: float = 0.0) -> list[dict[str, Any]]:
         for _ in range(round(seconds / period_s)):
             self.log.began()
             self.log.mark(Stage.REST)
-            checkpoint = Checkpoint()
+            checkpoint = Checkpoint(excess_s=excess_s)
             checkpoint.stopped_us, checkpoint.resumed_us = 1, 1 + round(pause_s * 1e6)
             self.clock.now += period_s
             self.log.shipped(checkpoint, 0)
@@ -97,6 +97,17 @@ class Log:
 def test_a_seconds_line_tells_the_share_of_its_pauses(tmp_path: Path) -> None:
     rows = Log(tmp_path, GuestClock.GOES_ON).run(10, pause_s=0.005)
     assert len(rows) >= 9 and all(row["paused_percent"] == pytest.approx(5.0, rel=0.01) for row in rows)
+
+
+@pytest.mark.parametrize(("guest_clock", "percent"), [
+    (GuestClock.STANDS, 6.0), (GuestClock.UNKNOWN, 6.0), (GuestClock.GOES_ON, 5.0)])
+def test_a_clock_that_stands_is_counted_by_what_it_lost_and_another_by_its_pauses(
+        tmp_path: Path, guest_clock: GuestClock, percent: float) -> None:
+    log = Log(tmp_path, guest_clock)
+    rows = log.run(10, pause_s=0.005, excess_s=0.001)
+    assert all(row["paused_percent"] == pytest.approx(percent, rel=0.01) for row in rows)
+    assert log.told[-1].paused_percent == pytest.approx(percent, rel=0.02)
+    assert {*rows[-1]["pause_ms"]} == {5.0} and {*rows[-1]["excess_ms"]} == {1.0}
 
 
 def test_figures_are_told_once_a_second_and_not_by_each_checkpoint(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from nova_ftvm.conf import engine as engine_conf
+from nova_ftvm.core import virtualclock
 from nova_ftvm.core.policy import (
     AHEAD_S,
     MOST_OWED_S,
@@ -23,6 +24,7 @@ from nova_ftvm.core.policy import (
     on_resumed,
     watches,
 )
+from tests.unit import test_virtualclock
 
 EPOCH_S = 0.05
 #: A step of the simulated time, shorter than anything that the policies tell apart.
@@ -435,6 +437,42 @@ def test_no_policy_lets_a_guest_stand_for_more_of_its_time_than_it_may(policy: P
     assert tolerance < 0.04, "most of it is what it may run ahead, or one pause of 72 ms"
 
 
+class EarlyStop(Loaded):
+    """Its clock stops `early_s` before its processors do; STOP and RESUME are told, and what the state has."""
+
+    def __init__(self, policy: Policy, most_paused: float, pauses: Iterator[float], early_s: float) -> None:
+        super().__init__(policy, most_paused, pauses)
+        self._early_s = early_s
+        self._excess = virtualclock.ClockExcess()
+        self._lost_s = 0.0
+
+    def _checkpoint(self) -> None:
+        pause_s, began = next(self._pauses), self.now
+        clock_ns = round(1e9 * (began - self._lost_s))
+        on_checkpoint(self.seen, began)
+        stopped = began + self._early_s
+        self.now = stopped + pause_s
+        # What is judged is what the clock stood, not what is told.
+        self.pauses.append((began, self.now - began))
+        self._lost_s += self.now - began
+        self.seen.output_since = self.seen.asleep_since = None
+        excess_s = self._excess.on_checkpoint(round(1e6 * stopped), round(1e6 * self.now),
+                                              test_virtualclock.state(clock_ns))
+        on_resumed(self.seen, self.most_paused, self.now, pause_s, excess_s)
+
+
+@pytest.mark.parametrize("early_s", [0.2e-3, 0.5e-3, 2e-3])
+@pytest.mark.parametrize("percent", [5, 8, 50])
+@pytest.mark.parametrize("policy", list(Policy))
+def test_the_bound_holds_for_a_clock_that_loses_more_than_the_pauses(policy: Policy, percent: int,
+                                                                     early_s: float) -> None:
+    share, longest = percent / 100, 1.2 * max(DRAWN["short"]) + early_s
+    loaded = EarlyStop(policy, share, drawn("short"), early_s).run(11.0)
+    assert loaded.worst_share() <= share + (share * AHEAD_S + (1 - share) * longest) / loaded.WINDOW_S
+    if percent < 50:
+        assert loaded.share > 0.95 * share, "and what it may lose is used"
+
+
 @pytest.mark.parametrize("percent", [5, 10, 50])
 @pytest.mark.parametrize("policy", [Policy.FIXED, Policy.EVENT])
 def test_what_a_guest_may_stand_is_used_where_the_policy_asks_for_it(policy: Policy, percent: int) -> None:
@@ -483,6 +521,15 @@ def test_a_clock_that_steps_back_is_no_pause_and_gives_no_time() -> None:
     seen = Measured(0.0)
     on_resumed(seen, 0.05, 10.0, -3.0)
     assert (seen.pause_s, seen.owed_s) == (0.0, -AHEAD_S) and earliest(seen) == 10.0
+
+
+def test_what_the_clock_lost_beyond_the_pause_is_owed_and_makes_the_pause_no_longer() -> None:
+    seen = Measured(0.0)
+    on_resumed(seen, 0.05, 10.0, 0.02)
+    owed_s = seen.owed_s
+    on_resumed(seen, 0.05, 10.1, 0.001, 0.0005)
+    assert seen.pause_s == 0.001
+    assert seen.owed_s == pytest.approx(owed_s - 0.0985 + 0.0015 * 19), "it did not run in that time, either"
 
 
 def test_a_guest_that_sleeps_is_looked_at_again_only_when_its_checkpoint_may_be_taken() -> None:
