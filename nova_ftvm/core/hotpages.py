@@ -20,7 +20,7 @@ NEAR = 8
 TIMES = 2
 #: A hot page that did not change in this number of epochs is protected again.
 IDLE = 16
-#: Hot pages of one guest, at most: their copies take about 0.3 us each in every pause.
+#: Hot pages of one guest, at most: their copies take about 1 us each in every pause.
 MOST = 1024
 
 
