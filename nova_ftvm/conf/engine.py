@@ -19,8 +19,8 @@ OPTS = [
         "max_pause_percent", default=50.0, min=1.0, max=50.0,
         help="The most of a guest's time, in percent, that it may stand in pauses; every policy keeps it. A checkpoint "
              "waits until the guest has run for its share, and so does the output that it covers. A guest whose clock "
-             "stands in pauses, as any does under TCG, falls behind by that and somewhat more: set 5 or less, so "
-             "that chrony in it keeps up. 50: the guest runs at least as long as it stood."),
+             "stands in pauses, as any does under TCG, falls behind by that at most: set 5 or less, so that chrony "
+             "in it keeps up. 50: the guest runs at least as long as it stood."),
     cfg.FloatOpt(
         "hold_limit_ms", default=1000.0, min=100.0,
         help="Watchdog: the kernel kills an engine that hangs for longer: its guest's checkpoint, disk writes or "

@@ -18,6 +18,7 @@ from nova_ftvm.engine.primary import PrimaryEngine
 from nova_ftvm.engine.stats import EpochLog, Stage
 from nova_ftvm.exception import GuestGone, QemuError
 from nova_ftvm.types import Buffer, Epoch
+from tests.unit import test_virtualclock
 from tests.unit.engine_fakes import (
     Bell,
     Clock,
@@ -278,6 +279,26 @@ def test_the_device_state_tells_of_the_stop_before_qemus_word_of_it_is_heard(ben
     bench.end_save()
     assert bench.loop.phase is Phase.UNACKNOWLEDGED and bench.talk.current.pause_ms == 2.0
     assert bench.peer.kinds()[-1] == "COMMIT"
+
+
+def test_what_the_virtual_clock_lost_beyond_the_pause_is_waited_for(bench: Bench) -> None:
+    bench.copy()
+    owed_s = []
+    for stop_ms, clock_ms in ((1, 1), (41, 11)):
+        while bench.loop.phase is Phase.RUNNING:
+            bench.clock.now += 0.01
+            bench.turn(1)
+        bench.qemu.event("STOP", stop_ms)
+        bench.gate.fill(test_virtualclock.state(clock_ms * 1_000_000))
+        bench.turn()
+        bench.qemu.event("RESUME", stop_ms + 2)
+        bench.qemu.answer("save")
+        bench.turn()
+        owed_s.append(bench.loop._seen.owed_s)
+        bench.acknowledge(bench.loop.epoch)
+    # The clock advanced by 10 ms in 40.
+    assert bench.talk.current.excess_s == pytest.approx(0.028)
+    assert owed_s[1] >= owed_s[0] + 0.028 and bench.loop._seen.pause_s == PAUSE_S
 
 
 def test_a_save_that_is_refused_at_once_is_heard_of_within_a_bound(bench: Bench) -> None:
