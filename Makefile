@@ -73,8 +73,8 @@ lint: setup
 test: export FTVM_LAB_DIR := $(TEST_LAB_DIR)
 test: lint
 	@set -e; ftvm-lab down --wipe; trap 'ftvm-lab down --wipe' EXIT; \
-	timeout 300 $(PYTEST) tests/unit; \
-	timeout 600 $(PYTEST) tests/model; \
+	timeout 600 $(PYTEST) tests/unit; \
+	timeout 900 $(PYTEST) tests/model; \
 	timeout 1200 $(PYTEST) tests/host; \
 	timeout 600 $(PYTEST) tests/kvm; \
 	timeout 1200 $(PYTEST) tests/functional; \
