@@ -64,8 +64,8 @@ OPTS = [
              "another scheduling policy than the usual one keeps it."),
     cfg.BoolOpt(
         "forward_kvmclock", default=True,
-        help="Under KVM: in some pauses, sets the number that QEMU will set the guest's kvmclock to forward by what the "
-             "guest stood. It is eight bytes in the heap of the guest's QEMU (KVMClockState.clock), written from "
+        help="Under KVM: in some pauses, sets the number that QEMU will set the guest's kvmclock to forward by what "
+             "the guest stood. It is eight bytes in the heap of the guest's QEMU (KVMClockState.clock), written from "
              "outside, only where they are the number in the device state just saved; on any doubt no more. Off: a "
              "guest that goes by kvm-clock, or Windows, loses what it stands."),
     cfg.IntOpt(
