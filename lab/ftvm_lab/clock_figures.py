@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from ftvm_lab.figures import quantile
 
-#: Of the samples in so many seconds the one with the shortest way counts.
+#: Of the samples within this time, s, the one with the shortest way counts.
 WINDOW_S = 1.0
 #: Less is not told from the time between two looks at clocks.
 STEP_NS = 1_000_000

@@ -240,8 +240,8 @@ class EpochLoop:
             policy.on_cut(self._seen, self._spoke_on or heard)
 
     def on_resumed(self, now: float, pages: int, disk_bytes: int, pause_s: float = 0.0, excess_s: float = 0.0) -> Acts:
-        """The device state is whole and the guest runs; the epoch has so many pages, and bytes of disk writes, the
-        guest stood still for so long, and its virtual clock lost so much beyond that."""
+        """The device state is whole and the guest runs; the epoch has these pages and bytes of disk writes; the guest
+        stood still for pause_s, and its virtual clock lost excess_s beyond that."""
         if self.phase is not Phase.DRAINING:
             return ()
         policy.on_resumed(self._seen, self._pace.most_paused, now, pause_s, excess_s)

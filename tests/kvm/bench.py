@@ -36,7 +36,7 @@ SIZES_MIB = (16, 256, 1024)
 PAGES = (20, 100, 1000)
 EPOCH_S = 0.005
 #: Huge pages are taken apart at the first write to each, and mapped anew page by page: a turn begins when a round of
-#: this length has no more than so many faults for a page that was written, or after the longest time.
+#: this length has no more than these faults for a page that was written, or after the longest time.
 ROUND_S, STEADY_FAULTS, LONGEST_WARM_S = 0.5, 2.2, 30.0
 
 

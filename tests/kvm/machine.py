@@ -5,13 +5,14 @@ million instructions a second at most: too slow for a Linux guest. Code in user 
 through KVM's own page tables and mmu notifiers: it is all that dirty tracking needs. Each guest is one of guest/*.S.
 """
 
+import ctypes
 import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tests.host.machine import QEMU, ROOT, Qemu
@@ -22,6 +23,9 @@ KVM, TCG = "kvm", "tcg"
 CPU = "qemu64"
 
 _KVM_CREATE_VM = 0xAE01
+_PR_SET_THP_DISABLE = 41
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def lacking() -> str:
@@ -77,3 +81,20 @@ def launcher(stack: ExitStack, folder: Path) -> Callable[..., Qemu]:
 
     return launch
 
+
+def huge_mib(qemu: Qemu) -> int:
+    """Of QEMU's memory, what lies in huge pages."""
+    rollup = Path(f"/proc/{qemu.pid}/smaps_rollup").read_text()
+    return int(rollup.split("AnonHugePages:")[1].split()[0]) >> 10
+
+
+@contextmanager
+def small_pages() -> Iterator[None]:
+    """What is started meanwhile has no huge pages."""
+    # SAFE: five integers; inherited by children, and kept by exec.
+    assert _libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0
+    try:
+        yield
+    finally:
+        # SAFE: as above.
+        _libc.prctl(_PR_SET_THP_DISABLE, 0, 0, 0, 0)

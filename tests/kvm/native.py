@@ -56,7 +56,7 @@ class Native:
         return 2 * sum(self._words(processor)[_WRITTEN] for processor in range(self._vcpus))
 
     def ask_for(self, pages: int, *, repeated: bool = False) -> None:
-        """The guest writes so many pages once: random ones, or always the same ones."""
+        """The guest writes this number of pages once: random ones, or always the same ones."""
         for processor in range(self._vcpus):
             self._put(processor, _REPEATED, int(repeated))
             self._put(processor, _WANTED, pages // 2)

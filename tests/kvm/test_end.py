@@ -5,7 +5,6 @@ begin to give its memory back, and a dump of a core takes as long as the memory 
 """
 
 import contextlib
-import ctypes
 import os
 import select
 import signal
@@ -20,27 +19,13 @@ import pytest
 from nova_ftvm.exception import GuestGone
 from tests.host.machine import Qemu, die_with_the_tests, wait_for
 from tests.host.protection import Protection, protected
+from tests.kvm.machine import small_pages
 
-_PR_SET_THP_DISABLE = 41
 _PTRACE_SEIZE, _PTRACE_O_TRACEEXIT = 0x4206, 1 << 6
 _ROM_BYTES = 1 << 16
 _RESET_VECTOR = 0xFFF0
 #: hlt, with interrupts off as after a reset; and again.
 _SLEEP = b"\xf4\xeb\xfd"
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-@contextmanager
-def small_pages() -> Iterator[None]:
-    """What is started meanwhile has no huge pages, and gives its memory back as slowly as QEMU can."""
-    # SAFE: five integers; inherited by children, and kept by exec.
-    assert _libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0
-    try:
-        yield
-    finally:
-        # SAFE: as above.
-        _libc.prctl(_PR_SET_THP_DISABLE, 0, 0, 0, 0)
 
 
 def pair_of(launch: Callable[..., Qemu], folder: Path, mib: int) -> tuple[Qemu, Qemu]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.host.machine import Engine, Qemu, wait_for
-from tests.host.protection import protected
+from tests.host.protection import Protection, protected
 from tests.kvm import native
 from tests.kvm.native import Native
 
@@ -39,15 +39,19 @@ def works(qemu: Qemu, rounds: int = 50) -> None:
     assert guest.differed() == 0
 
 
+def goes_on_in_its_backup(pair: Protection) -> None:
+    pair.primary_qemu.kill()
+    pair.backup.hear("ask_promotion")
+    pair.backup.grant()
+    pair.backup.hear("promoted")
+    works(pair.standby_qemu)
+
+
 def test_a_protected_guest_goes_on_in_its_backup_with_all_that_it_wrote(launch: Launch, guest: Qemu) -> None:
     with protected(guest, start(launch, "b", standby=True), **POLICY) as pair:
         works(guest, 200)
         assert b"protected range by range" in pair.primary.log.read_bytes()
-        guest.kill()
-        pair.backup.hear("ask_promotion")
-        pair.backup.grant()
-        pair.backup.hear("promoted")
-        works(pair.standby_qemu)
+        goes_on_in_its_backup(pair)
 
 
 @pytest.mark.parametrize("how", ["kill", "hang"])
@@ -69,8 +73,4 @@ def test_a_guest_is_protected_again_after_its_engine_died_in_a_pause(launch: Lau
         wait_for("the engine is dead", lambda: pair.primary.ended())
     with protected(guest, start(launch, "c", standby=True), **POLICY) as pair:
         works(guest)
-        guest.kill()
-        pair.backup.hear("ask_promotion")
-        pair.backup.grant()
-        pair.backup.hear("promoted")
-        works(pair.standby_qemu)
+        goes_on_in_its_backup(pair)

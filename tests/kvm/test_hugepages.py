@@ -4,7 +4,6 @@ write that falls into that moment is lost."""
 import contextlib
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,18 +15,13 @@ from nova_ftvm.host.memory import RangedMemory
 from tests.host.machine import Qemu, wait_for
 from tests.kvm import native
 from tests.kvm.checkpoints import Checkpoints
+from tests.kvm.machine import huge_mib
 from tests.kvm.native import Native, Processor
 
 Launch = Callable[..., Qemu]
 
 MIB = 32
 REGIONS = (MIB << 20) // REGION
-
-
-def huge_mib(qemu: Qemu) -> int:
-    """Of QEMU's memory, what lies in huge pages."""
-    rollup = Path(f"/proc/{qemu.pid}/smaps_rollup").read_text()
-    return int(rollup.split("AnonHugePages:")[1].split()[0]) >> 10
 
 
 @pytest.fixture

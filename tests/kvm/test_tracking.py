@@ -1,10 +1,8 @@
 """Dirty tracking of a guest that runs natively under KVM: nothing missed, and its mappings left to it."""
 
 import contextlib
-import ctypes
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ from nova_ftvm.host.memory import RangedMemory, TrackedMemory
 from tests.host.machine import Qemu
 from tests.kvm import native
 from tests.kvm.checkpoints import Checkpoints, load
+from tests.kvm.machine import huge_mib, small_pages
 from tests.kvm.native import Native, Processor
 
 Launch = Callable[..., Qemu]
@@ -21,31 +20,11 @@ MIB = 16
 #: What shows whose page a fault was: the guest reads all of its working set between two checkpoints.
 EPOCH_S = 0.01
 
-_PR_SET_THP_DISABLE = 41
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-@contextlib.contextmanager
-def small_pages() -> Iterator[None]:
-    """What is started within gets no huge pages."""
-    for word in (1, 0):
-        # SAFE: five integers.
-        assert _libc.prctl(_PR_SET_THP_DISABLE, word, 0, 0, 0) == 0
-        if word:
-            yield
-
-
 def start(launch: Launch, vcpus: int = 1) -> tuple[Qemu, Native]:
     qemu = launch("p", native.rom(MIB, vcpus), memory_mib=native.memory_mib(MIB, vcpus), vcpus=vcpus)
     guest = Native(qemu, vcpus)
     guest.await_start()
     return qemu, guest
-
-
-def huge_mib(qemu: Qemu) -> int:
-    """Of QEMU's memory, what lies in huge pages."""
-    rollup = Path(f"/proc/{qemu.pid}/smaps_rollup").read_text()
-    return int(rollup.split("AnonHugePages:")[1].split()[0]) >> 10
 
 
 @contextlib.contextmanager
