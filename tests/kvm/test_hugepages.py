@@ -47,7 +47,7 @@ def test_huge_pages_that_a_write_took_apart_are_whole_again_once_they_are_cold(g
         assert huge_mib(guest.qemu) < MIB / 4, "what was just written is not cold"
         tend_all(checkpoints)
         assert huge_mib(guest.qemu) >= MIB
-        # Still protected, each as one: to map it all anew takes a fault for each, and for each page of one that was busy.
+        # Still protected, each as one: a fault maps each anew, or each page of one that was busy at the last try.
         processor = Processor(guest.qemu)
         faults = processor.faults()
         checkpoints.run(0.5, 0.02)
