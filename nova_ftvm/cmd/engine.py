@@ -12,7 +12,6 @@ import sys
 import time
 from typing import Any
 
-from nova_ftvm.conf import engine as engine_conf
 from nova_ftvm.core import kind, wire
 from nova_ftvm.core.epoch import EpochLoop, Pace
 from nova_ftvm.core.lease import Lease
@@ -57,9 +56,13 @@ _MAX_REQUEST = 1 << 20
 _FAREWELL_S = 60.0
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """What the agent asks for. Times are in the units of the option of the same name."""
+    """What the agent asks for. Times are in the units of the option of the same name.
+
+    An agent that was started before its package was upgraded does not know the newest settings: they have their
+    options' defaults then.
+    """
 
     role: Role
     pair_id: str
@@ -74,7 +77,7 @@ class Order:
     qemu_owner: tuple[int, int]
     policy: str
     epoch_ms: float
-    max_pause_percent: float
+    max_pause_percent: float = 50.0
     hold_limit_ms: float
     beat_ms: float
     beat_misses: int
@@ -86,14 +89,12 @@ class Order:
     live_rest_pages: int
     nice: int
     realtime_pauses: bool
-    forward_kvmclock: bool
+    forward_kvmclock: bool = True
     frame_limit_bytes: int
 
     @classmethod
     def parse(cls, text: str) -> "Order":
-        """An agent that was started before its package was upgraded does not know the newest settings: each has its
-        option's default then."""
-        fields: dict[str, Any] = {option.name: option.default for option in engine_conf.OPTS} | json.loads(text)
+        fields: dict[str, Any] = json.loads(text)
         fields["role"] = Role(fields["role"])
         fields["qemu_owner"] = tuple(fields["qemu_owner"])
         return cls(**fields)
@@ -130,9 +131,9 @@ def main() -> int:
 def run_primary(order: Order, control: ControlServer) -> int:
     """The primary's side: connect first, so that a guest is not touched for a backup that is not there."""
     monitor = AttendedMonitor(order.path("monitor.sock"))
-    blocks, disks = ram_blocks(monitor), guest_disks(monitor)
+    blocks, disks, accelerated_by = ram_blocks(monitor), guest_disks(monitor), accelerator(monitor)
     hello = wire.Hello(order.pair_id, machine_type(monitor), tuple(blocks), disks=tuple(disks),
-                       accelerator=accelerator(monitor))
+                       accelerator=accelerated_by)
     link, shallow = links.dial(order.address, order.port, order.generation, hello, order.token,
                                order.frame_limit_bytes)
     note = NoteFile(order.folder, order.pair_id, order.generation, order.instance_id, monitor.pid)
@@ -142,7 +143,7 @@ def run_primary(order: Order, control: ControlServer) -> int:
     netfilter.remove(monitor, interfaces)
     note.remove()
     pidfd = qmp.pidfd_of(monitor)
-    memory = tracking(accelerator(monitor))(monitor.pid, pidfd, blocks)
+    memory = tracking(accelerated_by)(monitor.pid, pidfd, blocks)
     buffers = OutputBuffer(monitor, interfaces)
     processors = Processors(monitor)
     mirror = DiskMirror(monitor, disks, order.path("disks.sock"), order.qemu_owner, order.disk_copy_mib_s << 20,
@@ -155,7 +156,7 @@ def run_primary(order: Order, control: ControlServer) -> int:
     stats = EpochLog(order.path("epochs.jsonl"), guest_clock=guestclock.of(monitor),
                      tell=lambda figures: control.tell("figures", **dataclasses.asdict(figures)))
     talk = Conversation(monitor, gate, ended_mirror)
-    forwards = order.forward_kvmclock and accelerator(monitor) == kind.KVM
+    forwards = order.forward_kvmclock and accelerated_by == kind.KVM
     engine = PrimaryEngine(
         generation=order.generation, loop=EpochLoop(pace, time.monotonic()), memory=memory,
         kvmclock=ClockForward(QemuHeap(monitor.pid, blocks), talk, gate, stats.on_kvmclock) if forwards else None,

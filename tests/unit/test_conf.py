@@ -62,11 +62,14 @@ def test_the_engines_order_carries_every_engine_option() -> None:
 
 
 def test_an_agent_older_than_its_engines_gives_no_setting_that_it_does_not_know() -> None:
+    newest = {"max_pause_percent", "forward_kvmclock"}
+    settings = {option.name: option.default for option in engine.OPTS}
     order = {"role": "primary", "pair_id": "p", "generation": 1, "instance_id": "i", "token": "t", "folder": "/f",
-             "address": "127.0.0.1", "port": 1, "qemu_owner": [1, 1], "policy": "event"}
+             "address": "127.0.0.1", "port": 1, "qemu_owner": [1, 1],
+             **{name: default for name, default in settings.items() if name not in newest}}
     parsed = Order.parse(json.dumps(order))
-    assert parsed.policy == "event"
-    assert parsed.max_pause_percent == 50.0 and parsed.forward_kvmclock is True
+    assert parsed.max_pause_percent == settings["max_pause_percent"] == 50.0
+    assert parsed.forward_kvmclock is settings["forward_kvmclock"] is True
 
 
 def test_setup_names_both_lists_for_the_generator() -> None:
