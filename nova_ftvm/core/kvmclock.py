@@ -17,13 +17,14 @@ import enum
 import re
 from collections.abc import Sequence
 
+from nova_ftvm.core import sections
+
 #: A whole section of the device state: its number, the name, instance 0, version 1; the clock, ns; the subsection that
 #: says that QEMU will set just that at the start, and not what it finds in the guest's memory; the footer with the
 #: section's number again. Big-endian. Source: QEMU's migration/savevm.c and hw/i386/kvm/clock.c.
 _SECTION = re.compile(
     rb"\x04(?P<section>.{4})\x08kvmclock\0\0\0\0\0\0\0\x01(?P<clock>.{8})"
     rb"\x05\x1akvmclock/clock_is_reliable\0\0\0\x01\x01\x7e(?P=section)", re.DOTALL)
-_NAME, _BEFORE_NAME = b"\x08kvmclock\0", 5
 
 #: Passes over the heap; pauses in which the place must follow the state before it is written to.
 MOST_PASSES, PROOFS = 3, 3
@@ -40,12 +41,7 @@ _MOST_LATE = 30
 def saved(state: bytes | bytearray) -> list[int]:
     """Each number that a device state, or the beginning of one, has for kvmclock, ns. A right one has one, when it has
     come so far."""
-    numbers, at = [], state.find(_NAME)
-    while at >= 0:
-        if match := _SECTION.match(state, max(0, at - _BEFORE_NAME)):
-            numbers.append(int.from_bytes(match["clock"]))
-        at = state.find(_NAME, at + 1)
-    return numbers
+    return [int.from_bytes(match["clock"]) for match in sections.named(b"kvmclock", _SECTION, state)]
 
 
 class Phase(enum.Enum):

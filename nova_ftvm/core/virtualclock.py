@@ -11,12 +11,13 @@ Called by engine/capture.py; core/policy.py and engine/stats.py account for it.
 
 import re
 
+from nova_ftvm.core import sections
+
 #: A whole section of the device state: its number, the name, instance 0, version 2; the offset of the processors'
 #: ticks, 8 unused bytes, the clock, ns; the footer with the section's number again. Big-endian. With `-icount` there is
 #: a subsection before the footer, and that is not read. Source: QEMU's migration/savevm.c and cpu-timers.c.
 _SECTION = re.compile(
     rb"\x04(?P<section>.{4})\x05timer\0\0\0\0\0\0\0\x02.{16}(?P<clock>.{8})\x7e(?P=section)", re.DOTALL)
-_NAME, _BEFORE_NAME = b"\x05timer\0", 5
 
 #: More than this, s, is no checkpoint's doing: the host's wall clock was set, or its host slept.
 MOST_EXCESS_S = 0.1
@@ -24,11 +25,7 @@ MOST_EXCESS_S = 0.1
 
 def virtual_clock_ns(state: bytes | bytearray) -> int | None:
     """The virtual clock that a device state holds; None: it has none, or more than one, or one that is damaged."""
-    found, at = [], state.find(_NAME)
-    while at >= 0:
-        if match := _SECTION.match(state, max(0, at - _BEFORE_NAME)):
-            found.append(int.from_bytes(match["clock"], signed=True))
-        at = state.find(_NAME, at + 1)
+    found = [int.from_bytes(match["clock"], signed=True) for match in sections.named(b"timer", _SECTION, state)]
     return found[0] if len(found) == 1 else None
 
 
