@@ -151,7 +151,7 @@ class Timekeeper:
         )
 
     def _track(self, seconds: float) -> list[Tracking]:
-        """Lasts so long. A guest whose chrony was not started is not asked for more than its command port's silence."""
+        """Returns after this time, s. A guest whose chrony was not started does not answer on its command port."""
         end = time.monotonic() + seconds
         found: list[Tracking] = []
         while (left_s := end - time.monotonic()) > 0:

@@ -40,7 +40,7 @@ EPOCH_S = 0.005
 ROUND_S, STEADY_FAULTS, LONGEST_WARM_S = 0.5, 2.2, 30.0
 
 
-class TimedRanged(RangedMemory):
+class Timed(TrackedMemory):
     """Sums up what a checkpoint's looks, protections and copies take, s."""
 
     scan_s = copy_s = 0.0
@@ -48,14 +48,6 @@ class TimedRanged(RangedMemory):
     def begin_capture(self) -> None:
         super().begin_capture()
         self.scan_s = self.copy_s = 0.0
-
-    def _look(self, spots: list[Any]) -> list[tuple[int, np.ndarray]]:
-        with self._timed("scan_s"):
-            return super()._look(spots)
-
-    def _protect(self, block: int, runs: np.ndarray) -> None:
-        with self._timed("scan_s"):
-            super()._protect(block, runs)
 
     def _copy(self, block: int, runs: np.ndarray) -> dirty.Pages:
         with self._timed("copy_s"):
@@ -68,28 +60,24 @@ class TimedRanged(RangedMemory):
         setattr(self, what, getattr(self, what) + time.perf_counter() - began)
 
 
-class TimedWhole(TrackedMemory):
-    """Likewise."""
+class TimedRanged(Timed, RangedMemory):
+    """The way of a guest under KVM."""
 
-    scan_s = copy_s = 0.0
+    def _look(self, spots: list[Any]) -> list[tuple[int, np.ndarray]]:
+        with self._timed("scan_s"):
+            return super()._look(spots)
+
+    def _protect(self, block: int, runs: np.ndarray) -> None:
+        with self._timed("scan_s"):
+            super()._protect(block, runs)
+
+
+class TimedWhole(Timed):
+    """The way of one under TCG."""
 
     def take_written(self) -> list[tuple[int, np.ndarray]]:
-        began = time.perf_counter()
-        try:
+        with self._timed("scan_s"):
             return super().take_written()
-        finally:
-            self.scan_s = time.perf_counter() - began
-
-    def begin_capture(self) -> None:
-        super().begin_capture()
-        self.copy_s = 0.0
-
-    def _copy(self, block: int, runs: np.ndarray) -> dirty.Pages:
-        began = time.perf_counter()
-        try:
-            return super()._copy(block, runs)
-        finally:
-            self.copy_s += time.perf_counter() - began
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
